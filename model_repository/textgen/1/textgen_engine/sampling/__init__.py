@@ -1,0 +1,1 @@
+"""Logits to token ids: parameters, penalties, masks, filters and counter-based randomness."""
