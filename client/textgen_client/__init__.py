@@ -1,0 +1,45 @@
+"""Client of a triton-textgen server: `Client`, `AsyncClient`, what they return and what they raise."""
+
+from __future__ import annotations
+
+from textgen_client.aio import AsyncClient, AsyncStream
+from textgen_client.channel import KeepAlive, Tls
+from textgen_client.client import Client, Stream
+from textgen_client.errors import (
+    GenerationError,
+    NotReadyError,
+    OverloadedError,
+    RequestCancelled,
+    RequestTimeout,
+    ServerUnavailable,
+    TemplateError,
+    TextgenError,
+    ToolError,
+    ValidationError,
+)
+from textgen_client.health import Health
+from textgen_client.results import Choice, Chunk, Generation, ModelStatus
+
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "Choice",
+    "Chunk",
+    "Client",
+    "Generation",
+    "GenerationError",
+    "Health",
+    "KeepAlive",
+    "ModelStatus",
+    "NotReadyError",
+    "OverloadedError",
+    "RequestCancelled",
+    "RequestTimeout",
+    "ServerUnavailable",
+    "Stream",
+    "TemplateError",
+    "TextgenError",
+    "Tls",
+    "ToolError",
+    "ValidationError",
+]

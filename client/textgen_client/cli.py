@@ -1,0 +1,247 @@
+"""The `textgen` command: generate, chat, models, health, cancel.
+
+Owns options, output and exit codes: 0 fine, 1 the request or the server failed (one line on stderr), 2 wrong usage,
+130 interrupted. What it does goes through `Client`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from textgen_client.channel import DEFAULT_MODEL, DEFAULT_URL, Tls
+from textgen_client.chat import Chat
+from textgen_client.client import Client
+from textgen_client.errors import TextgenError, ValidationError
+from textgen_client.results import Answer
+
+app = typer.Typer(
+    help="Talk to a triton-textgen server.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_SERVER = "Server"
+_SAMPLING = "Generation"
+
+Url = Annotated[
+    str, typer.Option(envvar="TEXTGEN_URL", help="host:port of Triton's gRPC port.", rich_help_panel=_SERVER)
+]
+Model = Annotated[str, typer.Option(envvar="TEXTGEN_MODEL", help="`textgen` or `ensemble`.", rich_help_panel=_SERVER)]
+UseTls = Annotated[bool, typer.Option("--tls", help="Encrypt the connection.", rich_help_panel=_SERVER)]
+TlsCa = Annotated[
+    str | None, typer.Option(help="PEM file of the authority to trust; implies --tls.", rich_help_panel=_SERVER)
+]
+Headers = Annotated[
+    list[str] | None, typer.Option("--header", help="name=value, sent as gRPC metadata.", rich_help_panel=_SERVER)
+]
+MaxNewTokens = Annotated[int | None, typer.Option(help="At most this many tokens.", rich_help_panel=_SAMPLING)]
+Temperature = Annotated[float | None, typer.Option(help="Above 0; turns sampling on.", rich_help_panel=_SAMPLING)]
+TopP = Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)]
+TopK = Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING)]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.", rich_help_panel=_SAMPLING)]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="End before this text; may be repeated.", rich_help_panel=_SAMPLING)
+]
+Timeout = Annotated[float | None, typer.Option(help="Seconds.", rich_help_panel=_SAMPLING)]
+Parameters = Annotated[
+    list[str] | None,
+    typer.Option("-p", "--parameter", help="name=value, any other; the value is JSON.", rich_help_panel=_SAMPLING),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; when streaming, one object a line.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; `-` reads it from standard input.")],
+    url: Url = DEFAULT_URL,
+    model: Model = DEFAULT_MODEL,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    header: Headers = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    timeout: Timeout = None,
+    parameter: Parameters = None,
+    stream: Annotated[
+        bool | None, typer.Option("--stream/--no-stream", help="Print as it is made (default, except with --json).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt."""
+    text = _standard_input() if prompt == "-" else prompt
+    asked = _parameters(max_new_tokens, temperature, top_p, top_k, seed, stop, parameter)
+    with _client(url, model, tls, tls_ca, header) as client:
+        if stream if stream is not None else not as_json:
+            with client.stream(text, timeout=timeout, **asked) as chunks:
+                for chunk in chunks:
+                    _print_json(chunk) if as_json else _print(chunk.text)
+            if not as_json:
+                _print("\n")
+        else:
+            answer = client.generate(text, timeout=timeout, **asked)
+            _print_json(answer) if as_json else _print(answer.text + "\n")
+
+
+@app.command()
+def chat(
+    url: Url = DEFAULT_URL,
+    model: Model = DEFAULT_MODEL,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    header: Headers = None,
+    system: Annotated[str | None, typer.Option(help="System message the conversation begins with.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    timeout: Timeout = None,
+    parameter: Parameters = None,
+) -> None:
+    """Converse. Ctrl-C ends an answer, /reset forgets, Ctrl-D or /exit leaves."""
+    asked = _parameters(max_new_tokens, temperature, top_p, top_k, seed, stop, parameter)
+    with _client(url, model, tls, tls_ca, header) as client:
+        Chat(client, system=system, timeout_s=timeout, parameters=asked).run()
+
+
+@app.command()
+def models(
+    url: Url = DEFAULT_URL,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    header: Headers = None,
+    timeout: Timeout = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """List the server's models and their state."""
+    with _client(url, DEFAULT_MODEL, tls, tls_ca, header) as client:
+        found = client.models(timeout=timeout or 5.0)
+    if as_json:
+        _print(json.dumps([dataclasses.asdict(model) for model in found], ensure_ascii=False) + "\n")
+        return
+    for model in found:
+        _print(" ".join(filter(None, (f"{model.name:<20}", f"{model.version:<4}", model.state, model.reason))) + "\n")
+
+
+@app.command()
+def health(
+    url: Url = DEFAULT_URL,
+    model: Model = DEFAULT_MODEL,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    header: Headers = None,
+    timeout: Timeout = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Ask for one real token; exit code 0 if it came, else 1."""
+    with _client(url, model, tls, tls_ca, header) as client:
+        found = client.health(timeout=timeout or 5.0)
+    if as_json:
+        _print(json.dumps({"ok": found.ok, **dataclasses.asdict(found)}, ensure_ascii=False) + "\n")
+    elif found.ok:
+        _print(f"healthy: one token in {found.latency_s:.3f} s\n")
+    else:
+        typer.echo(f"unhealthy: {found.problem}", err=True)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def cancel(
+    request_id: Annotated[str, typer.Argument(help="The id the request was sent with.")],
+    url: Url = DEFAULT_URL,
+    model: Model = DEFAULT_MODEL,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    header: Headers = None,
+) -> None:
+    """End a live request."""
+    with _client(url, model, tls, tls_ca, header) as client:
+        client.cancel(request_id)
+    _print(f"cancelled {request_id}\n")
+
+
+def main() -> None:
+    """Entry point of the `textgen` script: runs the command, turns every failure into one line and an exit code."""
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character shows a question mark
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        app()
+    except TextgenError as error:
+        where = f" (request {error.request_id})" if error.request_id else ""
+        typer.echo(f"textgen: {error}{where}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _client(url: str, model: str, tls: bool, tls_ca: str | None, headers: list[str] | None) -> Client:
+    return Client(
+        url,
+        model=model,
+        tls=Tls(root_certificates=tls_ca) if tls or tls_ca else None,
+        headers=dict(_name_and_value(header, "--header") for header in headers or ()),
+    )
+
+
+def _parameters(
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    stop: list[str] | None,
+    others: list[str] | None,
+) -> dict[str, Any]:
+    """The request's parameters; an option given as `-p` as well is taken from there. `-p` values are JSON, or text."""
+    parameters: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "stop": stop or None,
+    }
+    for other in others or ():
+        name, value = _name_and_value(other, "-p")
+        if name in ("timeout", "prompt", "messages", "input_ids", "model", "request_id", "headers"):
+            raise typer.BadParameter(f"`{name}` is no generation parameter", param_hint="-p")
+        try:
+            parameters[name] = json.loads(value)
+        except json.JSONDecodeError:
+            parameters[name] = value
+    return parameters
+
+
+def _name_and_value(text: str, option: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise typer.BadParameter(f"expected name=value; given: {text}", param_hint=option)
+    return name, value
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise ValidationError(f"standard input is not UTF-8: {error}") from None
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _print_json(answer: Answer) -> None:
+    _print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False) + "\n")

@@ -1,0 +1,233 @@
+"""The synchronous client: one gRPC stream per request, read in the caller's own thread.
+
+A `Client` may be used by many threads at once: they share one channel, and every request has its own call. A `Stream`
+belongs to one thread, except for `close()`, which any thread (or a signal handler) may call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from textgen_client import wire
+from textgen_client.channel import DEFAULT_MODEL, DEFAULT_URL, Connection, KeepAlive, Tls, deadline
+from textgen_client.errors import OverloadedError, RequestCancelled, ServerUnavailable, TextgenError, error_from_status
+from textgen_client.health import PROBE_PROMPT, Health, probe_parameters, readiness
+from textgen_client.results import Chunk, Generation, ModelStatus
+
+
+class Stream(Iterator[Chunk]):
+    """The chunks of one request, in order. Leaving it early cancels the request on the server.
+
+    It is left by `close()`, by leaving its `with` block, and, since nothing else refers to it, by leaving a `for` loop
+    over it (break, exception). Iterating raises the request's error, once; after that the stream is at its end.
+    """
+
+    def __init__(self, call: Any, request_id: str, url: str) -> None:
+        self.request_id = request_id
+        self._call = call
+        self._url = url
+        self._reader = wire.ResponseReader(request_id)
+        self._ended = False
+        self._closed = False
+
+    def __next__(self) -> Chunk:
+        while not self._ended:
+            try:
+                chunk = self._reader.read(next(self._call))
+            except StopIteration:
+                self._ended = True
+                self._reader.end()
+            except grpc.RpcError as error:
+                self._ended = True
+                if self._closed:
+                    raise RequestCancelled("the stream was closed", self.request_id) from None
+                if not self._reader.is_final:  # afterwards the connection may break as it likes
+                    raise error_from_status(error, self._url, self.request_id) from None
+            except BaseException:  # an error of the request, or Ctrl-C while waiting
+                self.close()
+                self._ended = True
+                raise
+            else:
+                if chunk is not None:
+                    return chunk
+        raise StopIteration
+
+    def close(self) -> None:
+        """Cancel the request unless it has ended. Iterating then raises RequestCancelled, in a waiting thread too."""
+        if not self._ended:
+            self._closed = True
+            self._call.cancel()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_ended", True):  # unset when __init__ failed
+            self.close()
+
+
+class Client:
+    """Generates text on a triton-textgen server.
+
+    url: `host:port` of Triton's gRPC port. model: `textgen`, or `ensemble` (whose requests end only by their timeout
+    or `cancel`, since Triton does not pass a lost client on to a running ensemble step).
+    timeout: default for requests, in seconds; None leaves it to the server. headers: gRPC metadata of every call.
+    Every method raises errors of `textgen_client.errors` and no others.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        model: str = DEFAULT_MODEL,
+        timeout: float | None = None,
+        headers: Mapping[str, str] | None = None,
+        tls: Tls | None = None,
+        keepalive: KeepAlive | None = None,
+        channel_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.url = url
+        self.model = model
+        self.timeout = timeout
+        self._connection = Connection(url, tls, keepalive, headers or {}, channel_options or {})
+        self._channel = self._connection.open(grpc)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        input_ids: Iterable[int] | None = None,
+        model: str | None = None,
+        request_id: str | None = None,
+        timeout: float | None = None,
+        headers: Mapping[str, str] | None = None,
+        **parameters: Any,
+    ) -> Generation:
+        """The whole answer to one prompt, given as text, chat messages or token ids.
+
+        request_id: for `cancel`; made up if None. timeout: seconds until the server gives up. parameters: those of
+        the server (`max_new_tokens`, `temperature`, `stop`, `seed`, `details`, ...), and `return_logprobs`.
+        """
+        asked = wire.Prompt(prompt, messages, input_ids)
+        parameters = {**wire.GENERATE_DEFAULTS, **parameters}
+        with self._start(asked, False, model, request_id, timeout, headers, parameters) as stream:
+            return wire.whole_answer(stream, stream.request_id)
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        input_ids: Iterable[int] | None = None,
+        model: str | None = None,
+        request_id: str | None = None,
+        timeout: float | None = None,
+        headers: Mapping[str, str] | None = None,
+        **parameters: Any,
+    ) -> Stream:
+        """The answer in chunks, as it is made. The request starts at once; arguments as for `generate`.
+
+        Counts come only when asked for (`return_num_input_tokens`, `return_num_output_tokens`).
+        """
+        asked = wire.Prompt(prompt, messages, input_ids)
+        parameters = {**wire.STREAM_DEFAULTS, **parameters}
+        return self._start(asked, True, model, request_id, timeout, headers, parameters)
+
+    def cancel(self, request_id: str, *, model: str | None = None, timeout: float = 5.0) -> None:
+        """End the live request with this id, whoever started it; its own client gets RequestCancelled.
+
+        Raises ValidationError where the server knows no such request.
+        """
+        request = wire.cancel_request(model or self.model, request_id)
+        with self._open(request, request_id, timeout, None) as stream:
+            for _ in stream:
+                pass
+
+    def models(self, *, timeout: float = 5.0) -> list[ModelStatus]:
+        """Every model version in the server's repository, with its state."""
+        index = self._ask(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(), timeout)
+        return [ModelStatus(entry.name, entry.version, entry.state, entry.reason) for entry in index.models]
+
+    def health(self, *, model: str | None = None, timeout: float = 5.0) -> Health:
+        """Is the server live and ready, is the model ready, and does it really generate a token?
+
+        Triton calls a model ready whose process has died, so only the last question counts. timeout: seconds, for
+        each of the four questions. Never raises for an unwell server: `Health.problem` says what is wrong.
+        """
+        name = model or self.model
+        live = ready = model_ready = False
+        start_s = time.monotonic()
+        try:
+            live = self._ask(self._stub.ServerLive, service_pb2.ServerLiveRequest(), timeout).live
+            ready = self._ask(self._stub.ServerReady, service_pb2.ServerReadyRequest(), timeout).ready
+            model_ready = self._ask(self._stub.ModelReady, service_pb2.ModelReadyRequest(name=name), timeout).ready
+            if not (live and ready and model_ready):
+                return readiness(live, ready, model_ready, name)
+            start_s = time.monotonic()
+            self.generate(PROBE_PROMPT, model=name, timeout=timeout, **probe_parameters())
+        except OverloadedError:
+            pass
+        except TextgenError as error:
+            return Health(live, ready, model_ready, problem=str(error))
+        return Health(live, ready, model_ready, inference=True, latency_s=time.monotonic() - start_s)
+
+    def close(self) -> None:
+        """Close the connection; requests that still run are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(
+        self,
+        prompt: wire.Prompt,
+        stream: bool,
+        model: str | None,
+        request_id: str | None,
+        timeout_s: float | None,
+        headers: Mapping[str, str] | None,
+        parameters: Mapping[str, Any],
+    ) -> Stream:
+        request_id = request_id or wire.new_request_id()
+        timeout_s = self.timeout if timeout_s is None else timeout_s
+        request = wire.generate_request(
+            model or self.model, request_id, prompt, stream=stream, timeout_s=timeout_s, parameters=parameters
+        )
+        return self._open(request, request_id, deadline(timeout_s), headers)
+
+    def _open(
+        self, request: Any, request_id: str, deadline_s: float | None, headers: Mapping[str, str] | None
+    ) -> Stream:
+        try:
+            call = self._stub.ModelStreamInfer(
+                iter((request,)), timeout=deadline_s, metadata=self._connection.metadata(headers)
+            )
+        except ValueError as error:  # "Cannot invoke RPC on closed channel!"
+            raise ServerUnavailable(f"{self.url}: {error}", request_id) from None
+        return Stream(call, request_id, self.url)
+
+    def _ask(self, method: Any, request: Any, timeout_s: float) -> Any:
+        try:
+            return method(request, timeout=timeout_s, metadata=self._connection.metadata(None))
+        except grpc.RpcError as error:
+            raise error_from_status(error, self.url) from None
+        except ValueError as error:
+            raise ServerUnavailable(f"{self.url}: {error}") from None
