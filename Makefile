@@ -1,0 +1,67 @@
+# make setup, make serve, make test, make bench: each installs what it needs first, into .venv, and may be repeated.
+# Options travel as variables: `make serve MODEL_ID=/models/my-model MAX_INPUT_TOKENS=2048 HTTP_PORT=9000`.
+
+PYTHON  ?= python3
+COMPUTE ?= cpu
+VENV    := .venv
+CACHE   := .cache
+BIN     := $(VENV)/bin
+STAMPS  := $(VENV)/.stamps
+PIP     := $(BIN)/python -m pip --disable-pip-version-check install -qq
+
+MODEL   := $(CACHE)/models/smollm2-135m-instruct
+CLIENT  := $(wildcard client/pyproject.toml)
+SOURCES := model_repository scripts tests $(if $(CLIENT),client)
+TYPED   := model_repository/textgen/1/textgen_engine scripts $(if $(CLIENT),client)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup serve test lint bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMPS)/packages $(MODEL)/manifest.json ## create .venv, install everything, prepare the demonstration model
+
+serve: $(STAMPS)/packages ## start tritonserver and show a first answer; MODEL_ID=<folder> serves another model
+	@exec $(BIN)/python scripts/serve.py
+
+test: setup lint ## lint, type check and run every test this machine can run; ARGS="-k name" narrows
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMPS)/packages ## ruff (style, imports, format) and mypy
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy $(TYPED)
+
+bench: setup ## measure a running server with NVIDIA's perf_analyzer; writes benchmarks/results/
+	$(BIN)/python scripts/benchmark/perf_analyzer.py $(ARGS)
+
+clean: ## remove the environment, the caches and the prepared model
+	rm -rf $(VENV) $(CACHE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- installation, in steps that are repeated only when what they install has changed -----------------------------
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v < (3, 13) else "triton-textgen needs Python 3.10, 3.11 or 3.12; $(PYTHON) is %d.%d (choose with PYTHON=...)" % v[:2])'
+	@echo "[1/4] creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv pyproject.toml
+	@echo "[2/4] installing PyTorch ($(COMPUTE))"
+	@$(PIP) ".[$(COMPUTE)]"
+	@touch $@
+
+$(STAMPS)/packages: $(STAMPS)/torch requirements/no-deps.txt pyproject.toml $(CLIENT)
+	@echo "[3/4] installing tritonserver, transformers and the tools"
+	@$(PIP) ".[server,dev]" $(if $(CLIENT),-e ./client)
+	@$(PIP) --no-deps -r requirements/no-deps.txt
+	@touch $@
+
+# The script looks at what is there and does nothing when it is complete.
+$(MODEL)/manifest.json: $(STAMPS)/packages scripts/prepare_model.py
+	@echo "[4/4] preparing SmolLM2-135M-Instruct (about half a minute)"
+	@$(BIN)/python scripts/prepare_model.py --output $(MODEL)
+	@touch $@

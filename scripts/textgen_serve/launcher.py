@@ -1,0 +1,262 @@
+"""The life of one served model: check, start, wait until a request succeeds, announce, watch, stop.
+
+Owns the order of these steps and what the user is told; each step itself lives in the file named after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from textgen_serve import checkpoint, demo_model, options, probe, processes, ready_file
+from textgen_serve.errors import ServeError
+from textgen_serve.log import LogFollower, LogLine
+from textgen_serve.runtime import find_runtime
+from textgen_serve.server import Ports, ServerOptions, TritonServer, choose_ports
+from textgen_serve.terminal import Terminal
+
+_DEMO_QUESTION = "Explain in two sentences why the sky is blue."
+_POLL_S = 0.1
+# Longest silence of a server that answers; the first request of a large model on a CPU takes its time.
+_ANSWER_S = 600.0
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """The launcher's own options; what they mean is said in the help texts of scripts/serve.py."""
+
+    host: str
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+    ready_file: Path | None
+    demo: bool
+    graceful_termination_timeout: int
+    model_control_mode: str
+    restricted_api_key: str | None
+    log_file: Path | None
+    verbose: bool
+    cache_dir: Path
+    model_repository: Path
+    triton_args: tuple[str, ...]
+
+
+class _StopRequested(Exception):
+    """SIGINT or SIGTERM came."""
+
+
+class Launcher:
+    """Runs one server. `run` returns after an orderly stop and raises ServeError for anything that went wrong."""
+
+    def __init__(self, launch: LaunchOptions, engine_environment: dict[str, str], terminal: Terminal) -> None:
+        """engine_environment: the engine's options that were given as flags, as variables."""
+        self._launch = launch
+        self._environment = engine_environment
+        self._terminal = terminal
+        self._log_file = launch.log_file or launch.cache_dir / "logs" / f"server-{os.getpid()}.log"
+        self._log = LogFollower(self._log_file)
+        self._num_stops = 0
+        self._ready = False
+
+    def run(self) -> None:
+        """Serve until SIGINT or SIGTERM. A second signal stops at once."""
+        with contextlib.suppress(_StopRequested):
+            # Until there is a server to stop in order, a signal may interrupt anything.
+            _on_stop_signals(_raise_stop)
+            model = self._model_folder()
+            self._environment["MODEL_ID"] = str(model)
+            runtime = find_runtime(self._launch.cache_dir)
+            launch = self._launch
+            ports = choose_ports(launch.host, launch.http_port, launch.grpc_port, launch.metrics_port)
+            _on_stop_signals(self._count_stop)
+            server = TritonServer(runtime, self._server_options(ports), self._environment)
+            try:
+                try:
+                    self._serve(server, ports, model.name)
+                finally:
+                    if launch.ready_file is not None:
+                        ready_file.remove(launch.ready_file)
+            except _StopRequested:
+                self._stop(server)
+            except BaseException:
+                server.kill()
+                raise
+
+    def _count_stop(self, _number: int, _frame: object) -> None:
+        self._num_stops += 1
+
+    # ---- before the start -------------------------------------------------------------------------------------------
+
+    def _model_folder(self) -> Path:
+        """The folder to serve, after everything that can be known without loading it."""
+        environment = os.environ | self._environment
+        if not environment.get("MODEL_ID"):
+            environment["MODEL_ID"] = str(self._demo_model())
+        has_gpu = checkpoint.has_gpu()
+        config = options.check(environment, has_gpu)
+        found = checkpoint.inspect(config.model.model_id)
+        if not has_gpu:
+            checkpoint.check_memory(found, config.model.dtype, checkpoint.available_memory_bytes())
+        return found.folder
+
+    def _demo_model(self) -> Path:
+        folder = demo_model.default_folder(self._launch.cache_dir)
+        if not demo_model.is_prepared(folder):
+            self._terminal.say("MODEL_ID is not set: preparing SmolLM2-135M-Instruct (about half a minute, once)")
+            demo_model.prepare(folder)
+        return folder
+
+    def _server_options(self, ports: Ports) -> ServerOptions:
+        launch = self._launch
+        if not launch.model_repository.is_dir():
+            raise ServeError(f"--model-repository: there is no folder {launch.model_repository}")
+        try:
+            self._log_file.parent.mkdir(parents=True, exist_ok=True)
+            self._log_file.touch()
+        except OSError as error:
+            raise ServeError(f"cannot write the log {self._log_file}: {error.strerror}") from error
+        self._log.skip_to_end()
+        return ServerOptions(
+            model_repository=launch.model_repository,
+            host=launch.host,
+            ports=ports,
+            drain_s=launch.graceful_termination_timeout,
+            log_file=self._log_file,
+            model_control_mode=launch.model_control_mode,
+            verbose=launch.verbose,
+            admin_key=launch.restricted_api_key,
+            extra_arguments=launch.triton_args,
+        )
+
+    # ---- while it runs ----------------------------------------------------------------------------------------------
+
+    def _serve(self, server: TritonServer, ports: Ports, model: str) -> None:
+        """Never returns: ends by _StopRequested or ServeError."""
+        self._wait_until_ready(server, ports, model)
+        self._ready = True
+        if self._launch.ready_file is not None:
+            ready_file.write(self._launch.ready_file, ports, processes.pids_by_role(server.pid))
+        self._announce(ports)
+        if self._launch.demo:
+            self._demonstrate(server, ports)
+        while True:
+            self._look(server)
+
+    def _look(self, server: TritonServer) -> str | None:
+        """One turn of waiting: pass on the log; returns a new stage. Raises _StopRequested, ServeError (it died)."""
+        time.sleep(_POLL_S)
+        if self._num_stops:
+            raise _StopRequested
+        ended = server.exit_status()
+        lines = self._log.read()
+        for line in lines:
+            self._echo(line)
+        if ended is not None:
+            when = "while serving" if self._ready else "before it was ready"
+            reason = self._log.reason()
+            raise ServeError(
+                (reason or f"tritonserver ended {when} ({ended})") + f" (the server's log: {self._log_file})"
+            )
+        return next((line.stage for line in reversed(lines) if line.stage), None)
+
+    def _echo(self, line: LogLine) -> None:
+        if self._launch.verbose:
+            self._terminal.say(line.text)
+        elif self._ready and line.severity in ("W", "E"):
+            self._terminal.warn(line.text)
+
+    def _wait_until_ready(self, server: TritonServer, ports: Ports, model: str) -> None:
+        host = _reachable(self._launch.host)
+        with self._terminal.progress(f"starting {model}") as progress:
+            while not probe.is_ready(host, ports.http):
+                progress.update(self._look(server))
+            progress.update("first request")
+            # Loaded is not yet answering: the promise of being ready is that the next request succeeds.
+            first = _Background(lambda: probe.answer_one_token(host, ports.http, _ANSWER_S))
+            while not first.done:
+                progress.update(self._look(server))
+            elapsed_s = progress.elapsed_s
+        if first.error is not None:
+            raise ServeError(f"the server loaded, but a first request failed: {first.error}")
+        self._terminal.heading(f"ready after {elapsed_s:.1f} s")
+
+    def _announce(self, ports: Ports) -> None:
+        host = _reachable(self._launch.host)
+        say = self._terminal.say
+        say(f"  HTTP     http://{host}:{ports.http}")
+        say(f"  gRPC     {host}:{ports.grpc}")
+        say(f"  metrics  http://{host}:{ports.metrics}/metrics")
+        say("try it:")
+        say(
+            f"  curl -N http://{host}:{ports.http}/v2/models/{probe.MODEL}/generate_stream "
+            """-d '{"text_input": "The capital of France is", "stream": true, "max_new_tokens": 20}'"""
+        )
+        say(f"  textgen chat --url {host}:{ports.grpc}")
+
+    def _demonstrate(self, server: TritonServer, ports: Ports) -> None:
+        """Stream the answer to one chat message. A model without a chat template only loses the demonstration."""
+        self._terminal.heading(f"\n> {_DEMO_QUESTION}")
+        host = _reachable(self._launch.host)
+
+        def show() -> None:
+            for piece in probe.stream_chat(host, ports.http, _DEMO_QUESTION, max_new_tokens=96, timeout_s=_ANSWER_S):
+                self._terminal.piece(piece)
+
+        answer = _Background(show)
+        try:
+            while not answer.done:
+                self._look(server)
+        finally:
+            self._terminal.say()
+        if answer.error is not None:
+            self._terminal.warn(f"no demonstration: {answer.error}")
+        self._terminal.say("serving; Ctrl-C stops")
+
+    def _stop(self, server: TritonServer) -> None:
+        drain = f", running requests get up to {self._launch.graceful_termination_timeout} s" if self._ready else ""
+        self._terminal.say(f"stopping{drain}; Ctrl-C again ends it at once")
+        server.stop(drain=self._ready, give_up=lambda: self._num_stops > 1)
+        if self._launch.log_file is None:
+            # A log that nobody asked for is kept only to explain a failure.
+            self._log_file.unlink(missing_ok=True)
+        self._terminal.say("stopped")
+
+
+class _Background:
+    """Runs `work` on a thread, so that its caller can go on watching the server. `error` once done, if it failed."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except (probe.ProbeError, OSError, http.client.HTTPException, ValueError) as error:
+            self.error = error
+
+
+def _reachable(host: str) -> str:
+    """An address under which a client on this machine finds a server that listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _raise_stop(_number: int, _frame: object) -> None:
+    raise _StopRequested
+
+
+def _on_stop_signals(handler: Callable[[int, object], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)

@@ -1,0 +1,157 @@
+"""One tritonserver: its command line, its start, and its end without leftovers.
+
+Knows processes, ports and files; nothing of models, readiness or terminals.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from textgen_serve import processes
+from textgen_serve.errors import ServeError
+from textgen_serve.runtime import Runtime
+from textgen_serve.shared_memory import RegionPrefix, clean_abandoned
+
+# What tritonserver may take, beyond draining, to unload its models and leave.
+_UNLOAD_S = 15.0
+_ADMIN_APIS = "model-repository,model-config,shared-memory,trace,logging"
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The three listeners of a server."""
+
+    http: int
+    grpc: int
+    metrics: int
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What the command line of tritonserver is made of. drain_s: time for running requests when it is stopped."""
+
+    model_repository: Path
+    host: str
+    ports: Ports
+    drain_s: int
+    log_file: Path
+    model_control_mode: str = "none"
+    verbose: bool = False
+    admin_key: str | None = None
+    extra_arguments: tuple[str, ...] = ()
+
+
+def choose_ports(host: str, http: int, grpc: int, metrics: int) -> Ports:
+    """The ports asked for, with a free one for each 0; ServeError names one that is in use.
+
+    All three are held at once while choosing, so they differ; they are free again on return.
+    """
+    chosen = []
+    with ExitStack() as held:
+        for option, port in (("--http-port", http), ("--grpc-port", grpc), ("--metrics-port", metrics)):
+            listener = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            # As a server does: a port whose last connections are still closing is free.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((host, port))
+                listener.listen()
+            except OSError as error:
+                raise ServeError(f"{option}: cannot listen on {host}:{port}: {error.strerror}") from error
+            chosen.append(listener.getsockname()[1])
+    return Ports(*chosen)
+
+
+class TritonServer:
+    """A running tritonserver, its log in `options.log_file`; `stop` and `kill` both end and reap everything."""
+
+    def __init__(self, runtime: Runtime, options: ServerOptions, environment: dict[str, str]) -> None:
+        """Starts the process; raises ServeError when it cannot be executed. `environment` is what the models read."""
+        clean_abandoned()
+        processes.adopt_orphans()
+        self._drain_s = options.drain_s
+        self._regions = RegionPrefix()
+        try:
+            with options.log_file.open("ab") as log:
+                # A session of its own: a Ctrl-C in the terminal reaches the launcher only, which then stops in order.
+                self._process = subprocess.Popen(
+                    _command(runtime, options, self._regions.name),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=runtime.environment | environment,
+                    start_new_session=True,
+                    preexec_fn=processes.die_with_parent,
+                    pass_fds=(self._regions.descriptor,),
+                )
+        except OSError as error:
+            self._regions.remove()
+            raise ServeError(f"cannot start {runtime.binary}: {error.strerror or error}") from error
+
+    @property
+    def pid(self) -> int:
+        """Process id of tritonserver."""
+        return self._process.pid
+
+    def exit_status(self) -> str | None:
+        """None while it runs, else how it ended, in words."""
+        code = self._process.poll()
+        if code is None:
+            return None
+        return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+
+    def stop(self, give_up: Callable[[], bool], drain: bool = True) -> None:
+        """Let running requests finish for up to the drain time, then end every process and region.
+
+        `give_up` is asked ten times a second and cuts the wait short.
+        """
+        if self._process.poll() is None:
+            self._process.terminate()
+            deadline = time.monotonic() + (self._drain_s if drain else 0) + _UNLOAD_S
+            while self._process.poll() is None and time.monotonic() < deadline and not give_up():
+                time.sleep(0.1)
+        # Stubs leave by themselves shortly after the server; give them that moment unless somebody is in a hurry.
+        self._finish(grace_s=0.0 if give_up() else 5.0)
+
+    def kill(self) -> None:
+        """End every process at once."""
+        self._finish(grace_s=0.0)
+
+    def _finish(self, grace_s: float) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        processes.end_all_below(grace_s)
+        self._regions.remove()
+
+
+def _command(runtime: Runtime, options: ServerOptions, region_prefix: str) -> list[str]:
+    command = [
+        str(runtime.binary),
+        f"--model-repository={options.model_repository}",
+        f"--http-address={options.host}",
+        f"--http-port={options.ports.http}",
+        f"--grpc-address={options.host}",
+        f"--grpc-port={options.ports.grpc}",
+        f"--metrics-address={options.host}",
+        f"--metrics-port={options.ports.metrics}",
+        f"--exit-timeout-secs={options.drain_s}",
+        f"--model-control-mode={options.model_control_mode}",
+        f"--backend-config=python,shm-region-prefix-name={region_prefix}",
+        f"--log-verbose={int(options.verbose)}",
+    ]
+    if runtime.backend_directory is not None:
+        command.append(f"--backend-directory={runtime.backend_directory}")
+    if options.model_control_mode == "explicit":
+        command.append("--load-model=*")
+    if options.admin_key is not None:
+        command.append(f"--http-restricted-api={_ADMIN_APIS}:admin-key={options.admin_key}")
+        command.append(f"--grpc-restricted-protocol={_ADMIN_APIS}:admin-key={options.admin_key}")
+    command.extend(options.extra_arguments)
+    return command
