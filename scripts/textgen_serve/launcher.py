@@ -159,11 +159,9 @@ class Launcher:
         for line in lines:
             self._echo(line)
         if ended is not None:
-            when = "while serving" if self._ready else "before it was ready"
-            reason = self._log.reason()
-            raise ServeError(
-                (reason or f"tritonserver ended {when} ({ended})") + f" (the server's log: {self._log_file})"
-            )
+            status = f"tritonserver ended {'while serving' if self._ready else 'before it was ready'} ({ended})"
+            reason = None if self._ready else self._log.reason()
+            raise ServeError(f"{reason or status}; the server's log: {self._log_file}")
         return next((line.stage for line in reversed(lines) if line.stage), None)
 
     def _echo(self, line: LogLine) -> None:

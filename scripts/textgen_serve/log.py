@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 _TRITON = re.compile(r"^(?P<level>[IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ \d+ [^\]]*\] (?P<text>.*)$")
 _OURS = re.compile(r"textgen: (?P<text>.*?)\"?$")
 _FATAL = "fatal: "
+_CAUSES = (
+    re.compile(r"failed to load '(?P<model>\w+)' version \d+: (?P<text>.*)"),
+    re.compile(r"error: creating server: (?P<text>.*)"),
+    re.compile(r"(?P<text>Failed to start \w+.*)"),
+)
 _STAGES = (
     (re.compile(r"loading: (\w+):"), "loading {}"),
     (re.compile(r"successfully loaded '(\w+)'"), "{} loaded"),
@@ -31,11 +36,11 @@ class LogLine:
 
 @dataclass
 class LogFollower:
-    """Reads what was appended since the last call. Remembers the fatal line and the last errors."""
+    """Reads what was appended since the last call. Remembers why a model, or the server, could not be loaded."""
 
     path: Path
-    fatal: str | None = None
-    errors: list[str] = field(default_factory=list)
+    _reason: str | None = None
+    _reason_rank: int = len(_CAUSES) + 1
     _offset: int = 0
     _partial: bytes = b""
 
@@ -51,10 +56,7 @@ class LogFollower:
         *complete, self._partial = (self._partial + appended).split(b"\n")
         lines = [parse_line(raw.decode(errors="replace")) for raw in complete]
         for line in lines:
-            if line.severity == "F" and self.fatal is None:
-                self.fatal = line.text
-            elif line.severity == "E":
-                self.errors = [*self.errors[-4:], line.text]
+            self._remember_cause(line)
         return lines
 
     def skip_to_end(self) -> None:
@@ -62,11 +64,25 @@ class LogFollower:
         self._offset = os.path.getsize(self.path) if self.path.exists() else 0
 
     def reason(self) -> str | None:
-        """Why the server failed, in one line: our own fatal line, else Triton's most telling error."""
-        if self.fatal is not None:
-            return self.fatal
-        # Triton ends with summaries ("failed to load all models"); the first of the last errors is the cause.
-        return self.errors[0][:300] if self.errors else None
+        """Why loading failed, in one line: our own fatal line, else Triton's error about the model or the server."""
+        return self._reason
+
+    def _remember_cause(self, line: LogLine) -> None:
+        rank, text = _cause(line)
+        # The first line of the best kind counts: summaries and consequences follow it.
+        if rank < self._reason_rank:
+            self._reason, self._reason_rank = text, rank
+
+
+def _cause(line: LogLine) -> tuple[int, str]:
+    """How well a line explains a failure (0 is best; beyond the last kind: not at all), and the explanation."""
+    if line.severity == "F":
+        return 0, line.text
+    for rank, pattern in enumerate(_CAUSES, start=1):
+        match = pattern.search(line.text)
+        if match:
+            return rank, match["text"][:300]
+    return len(_CAUSES) + 1, ""
 
 
 def parse_line(line: str) -> LogLine:
