@@ -1,0 +1,194 @@
+"""llguidance: the default backend. JSON Schema, regexes, Lark, GBNF, choices, tools; forced tokens; roll-back.
+
+The only file that imports `llguidance`, inside functions. The library drops the interpreter lock while it compiles and
+fills, bounds its own work by fuel counters (a mask takes milliseconds at worst), and never raises for a bad grammar:
+its matchers carry an error text instead. A matcher that is fed a refused token through `consume_token` is dead for
+good, so only `try_consume_tokens` is used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from textgen_engine.errors import Unsupported
+from textgen_engine.grammar.base import GrammarLimits, GrammarMatcher, GrammarSpec, MaskRow, grammar_error
+from textgen_engine.grammar.matcher import TextMatcher
+from textgen_engine.grammar.regex import escape_regex, to_rust_regex
+from textgen_engine.grammar.rewrite import Capabilities, prepare_schema
+from textgen_engine.grammar.tools import PLAIN_TEXT_PATTERN
+from textgen_engine.grammar.vocabulary import Vocabulary
+
+# One blank, or a newline and an indent: all that compact, spaced and indented JSON need, and no run of newlines.
+BOUNDED_WHITESPACE = r"( ?|\n[ \t]{0,32})"
+
+# One compiled grammar holds its text several times over (AST, symbols, lexer) beside lazily built lexer states.
+_BYTES_PER_GRAMMAR_BYTE = 32
+_BYTES_PER_GRAMMAR = 64 * 1024
+
+
+class LlguidanceBackend:
+    """Implements base.GrammarBackend."""
+
+    name = "llguidance"
+    uninterruptible = True
+
+    def __init__(self, vocabulary: Vocabulary, limits: GrammarLimits, *, num_threads: int = 1) -> None:
+        """num_threads: for filling the rows of one batch. Raises Unsupported where the package is missing."""
+        try:
+            import llguidance
+        except ImportError:
+            raise Unsupported("grammar_backend llguidance: the package `llguidance` is not installed") from None
+        self._library = llguidance
+        self._vocabulary = vocabulary
+        self._limits = limits
+        self._tokenizer = llguidance.LLTokenizer(
+            vocabulary.tokenizer_json, n_vocab=vocabulary.width, eos_token=list(vocabulary.eos_token_ids)
+        )
+        self._parser_limits = llguidance.LLParserLimits(verbose_errors=False)
+        self._executor = llguidance.LLExecutor(num_threads)
+
+    def compile(self, spec: GrammarSpec) -> LlguidanceGrammar:
+        text, warnings = self._grammar_text(spec)
+        template = self._library.LLMatcher(self._tokenizer, text, log_level=0, limits=self._parser_limits)
+        if template.is_error():
+            raise grammar_error(f"{_what(spec)}: {template.get_error()}")
+        # Some faults (an empty language, a lexer over its fuel) show at the first mask only.
+        probe = template.deep_copy()
+        probe.compute_bitmask()
+        if probe.is_error():
+            reason = "no text satisfies it" if "NoExtension" in probe.get_error() else probe.get_error()
+            raise grammar_error(f"{_what(spec)}: {reason}")
+        warnings = [*warnings, *template.get_grammar_warnings()]
+        return LlguidanceGrammar(self, template, warnings, _BYTES_PER_GRAMMAR + _BYTES_PER_GRAMMAR_BYTE * len(text))
+
+    def close(self) -> None:
+        return None
+
+    def new_matcher(self, template: Any) -> LlguidanceMatcher:
+        return LlguidanceMatcher(self, self._vocabulary, template.deep_copy())
+
+    def fill_rows(self, matchers: Sequence[GrammarMatcher], rows: MaskRow, row_ids: Sequence[int]) -> None:
+        """Fill rows [num_rows, num_words] in parallel, without the interpreter lock."""
+        work = []
+        for matcher, row_id in zip(matchers, row_ids, strict=True):
+            assert isinstance(matcher, LlguidanceMatcher)
+            if matcher.live:
+                work.append((matcher.native, row_id))
+        assert rows.flags.c_contiguous
+        if work:
+            self._executor.unsafe_compute_mask_ptr(work, rows.ctypes.data, rows.shape[1] * 4, rows.shape[0])
+        for matcher, row_id in zip(matchers, row_ids, strict=True):
+            assert isinstance(matcher, LlguidanceMatcher)
+            matcher.check()
+            matcher.finish_row(rows[row_id])
+
+    def _grammar_text(self, spec: GrammarSpec) -> tuple[str, list[str]]:
+        """The library's own form of a grammar, and warnings."""
+        native = self._library.LLMatcher
+        if spec.kind == "regex":
+            return native.grammar_from_regex(to_rust_regex(spec.value)), []
+        if spec.kind == "choice":
+            pattern = "|".join(escape_regex(text) for text in json.loads(spec.value))
+            return native.grammar_from_regex(pattern), []
+        if spec.kind == "lark":
+            return native.grammar_from_lark(spec.value), []
+        if spec.kind == "ebnf":
+            return native.grammar_from_lark(self._lark_of_ebnf(spec.value)), []
+        prepared = prepare_schema(spec, CAPABILITIES, self._limits)
+        schema = {**prepared.schema, "x-guidance": self._options(spec)}
+        if prepared.or_plain_text:
+            schema_text = json.dumps(schema, ensure_ascii=False)
+            lark = f"start: call | TEXT |\ncall: %json {schema_text}\nTEXT: /{PLAIN_TEXT_PATTERN}/\n"
+            return native.grammar_from_lark(lark), prepared.warnings
+        return native.grammar_from_json_schema(schema), prepared.warnings
+
+    @staticmethod
+    def _options(spec: GrammarSpec) -> dict[str, Any]:
+        options: dict[str, Any] = {"json_allow_general_unicode_escapes": True}
+        if spec.whitespace == "bounded":
+            options["whitespace_pattern"] = BOUNDED_WHITESPACE
+        else:
+            options["whitespace_flexible"] = spec.whitespace == "flexible"
+        if spec.lenient:
+            options["lenient"] = options["coerce_one_of"] = True
+        return options
+
+    @staticmethod
+    def _lark_of_ebnf(text: str) -> str:
+        from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+
+        try:
+            return str(gbnf_to_lark(text))
+        except GbnfToLarkError as error:
+            raise grammar_error(f"ebnf grammar: {error}") from None
+        except Exception as error:  # the converter has no error class for everything it meets
+            raise grammar_error(f"ebnf grammar: {type(error).__name__}: {error}") from None
+
+
+class LlguidanceGrammar:
+    """Implements base.CompiledGrammar: a matcher at the start that is only ever copied."""
+
+    def __init__(self, backend: LlguidanceBackend, template: Any, warnings: list[str], size_bytes: int) -> None:
+        self._backend = backend
+        self._template = template
+        self.warnings: Sequence[str] = warnings
+        self.size_bytes = size_bytes
+
+    def matcher(self) -> LlguidanceMatcher:
+        return self._backend.new_matcher(self._template)
+
+
+class LlguidanceMatcher(TextMatcher):
+    """Implements base.GrammarMatcher. `native` is the library's matcher, for filling many rows at once."""
+
+    def __init__(self, backend: LlguidanceBackend, vocabulary: Vocabulary, native: Any) -> None:
+        super().__init__(vocabulary)
+        self.group = backend
+        self.native = native
+
+    @property
+    def live(self) -> bool:
+        return not self._ended and self._error is None
+
+    def check(self) -> None:
+        """Take over an error of the library's matcher."""
+        if self._error is None and self.native.is_error():
+            self.fail(grammar_error(self.native.get_error()).message)
+
+    def _fill_text(self, row: MaskRow) -> None:
+        self.native.unsafe_compute_mask_ptr(row.ctypes.data, row.size * 4)
+        self.check()
+
+    def _advance_text(self, token_ids: Sequence[int]) -> int:
+        num_taken = int(self.native.try_consume_tokens(list(token_ids)))
+        self.check()
+        return num_taken
+
+    def _rollback_text(self, num_tokens: int) -> None:
+        self.native.rollback(num_tokens)
+        self.check()
+
+    def _may_end(self) -> bool:
+        return bool(self.native.is_accepting())
+
+    def _must_end(self) -> bool:
+        return bool(self.native.is_stopped())
+
+    def _forced_text(self) -> list[int]:
+        forced = [int(token_id) for token_id in self.native.compute_ff_tokens()]
+        self.check()
+        return forced
+
+
+def _what(spec: GrammarSpec) -> str:
+    return {
+        "json_schema": "JSON schema",
+        "json_object": "JSON schema",
+        "lark": "lark grammar",
+        "ebnf": "ebnf grammar",
+    }.get(spec.kind, spec.kind)
+
+
+CAPABILITIES = Capabilities(name="llguidance")

@@ -1,0 +1,96 @@
+"""Tools as a grammar: which of a request's tools may be called, and the schema of one call.
+
+A call is the JSON object {"name": <one tool's name>, "arguments": <what its parameters allow>}.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from textgen_engine.errors import ToolError
+from textgen_engine.grammar.json_schema import map_children
+
+# With tool_choice auto the answer is either a call or plain text; a text that opens a brace is a call.
+PLAIN_TEXT_PATTERN = r"[^{\s](?s:.)*"
+
+
+def select_tools(tools: list[Any], choice: Any) -> dict[str, Any] | None:
+    """{"mode": "required" | "auto", "tools": [{"name", "parameters"}]}; None where no tool may be called.
+
+    choice: "auto", "required" (or "any"), "none", a tool's name, or OpenAI's {type: function, function: {name}}.
+    Raises ToolError for a malformed tool, a name given twice, and a choice that names no tool.
+    """
+    named = [_name_and_parameters(tool, index) for index, tool in enumerate(tools)]
+    names = [tool["name"] for tool in named]
+    for name in names:
+        if names.count(name) > 1:
+            raise ToolError(f"two tools are called {name!r:.100}")
+    if isinstance(choice, dict):
+        function = choice.get("function", choice)
+        choice_name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(choice_name, str):
+            raise ToolError("`tool_choice` must name a function: {type: function, function: {name}}")
+        if choice_name not in names:
+            raise ToolError(f"`tool_choice` names no tool of the request: {choice_name!r:.100}")
+        return {"mode": "required", "tools": [tool for tool in named if tool["name"] == choice_name]}
+    if choice is None or choice == "none":
+        return None
+    if not isinstance(choice, str):
+        raise ToolError("`tool_choice` must be auto, required, none or a function")
+    if choice in names:
+        return {"mode": "required", "tools": [tool for tool in named if tool["name"] == choice]}
+    if choice in ("auto", "required", "any"):
+        if not named:
+            raise ToolError("`tools` is empty")
+        return {"mode": "auto" if choice == "auto" else "required", "tools": named}
+    raise ToolError(f"`tool_choice` names no tool of the request: {choice!r:.100}")
+
+
+def tool_call_schema(tools: list[dict[str, Any]]) -> dict[str, Any]:
+    """The schema of one call of one of `tools` ({"name", "parameters"} each).
+
+    Each tool's parameters stand whole under the root's `$defs`, and their own "#/..." references are re-pointed there:
+    no backend then has to follow a reference through an array.
+    """
+    branches: list[Any] = []
+    definitions: dict[str, Any] = {}
+    for index, tool in enumerate(tools):
+        place = f"tool_{index}"
+        parameters = tool["parameters"]
+        if isinstance(parameters, dict):
+            parameters = {key: value for key, value in parameters.items() if key not in ("$schema", "$id", "id")}
+        definitions[place] = _move_references(parameters, f"#/$defs/{place}")
+        branches.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": tool["name"]}, "arguments": {"$ref": f"#/$defs/{place}"}},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    root: dict[str, Any] = branches[0] if len(branches) == 1 else {"anyOf": branches}
+    return {**root, "$defs": definitions}
+
+
+def _name_and_parameters(tool: Any, index: int) -> dict[str, Any]:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise ToolError(f"tool {index} has no function name")
+    parameters = function.get("parameters", function.get("arguments"))
+    if parameters is None or parameters == {}:
+        parameters = {"type": "object", "properties": {}, "additionalProperties": False}
+    if not isinstance(parameters, dict):
+        raise ToolError(f"tool {function['name']!r:.100}: parameters must be a JSON schema object")
+    return {"name": function["name"], "parameters": parameters}
+
+
+def _move_references(schema: Any, base: str) -> Any:
+    """`schema` with each local reference "#..." re-pointed under `base`."""
+    if not isinstance(schema, dict):
+        return schema
+    moved = map_children(schema, lambda inner: _move_references(inner, base))
+    for key in ("$ref", "$dynamicRef"):
+        target = moved.get(key)
+        if isinstance(target, str) and (target == "#" or target.startswith("#/")):
+            moved[key] = base + target[1:]
+    return moved
