@@ -62,6 +62,7 @@ class GenerationRequest:
     arrival_s, deadline_s: `time.monotonic()` seconds, which Linux shares between processes.
     priority: larger is sooner; 0 is the default.
     n: number of choices that share one prefill. best_of: candidates generated, of which the best `n` are reported.
+    stream: past its deadline a streaming request ends with what it has, another fails.
     cache_salt: part of every prefix-cache key; requests with different salts never share blocks.
     """
 
@@ -72,6 +73,7 @@ class GenerationRequest:
     output: OutputParams = field(default_factory=OutputParams)
     n: int = 1
     best_of: int = 1
+    stream: bool = False
     priority: int = 0
     arrival_s: float = 0.0
     deadline_s: float | None = None
@@ -108,7 +110,7 @@ class TokenOutput:
     details: one entry per new token when the request asked for token details or logprobs.
     prompt_details: on the first output only, when the request asked for them.
     finish_reason: set on the last output of the choice. seed: set on the last output when the choice was sampled.
-    error: set instead of text when the request failed; it is then the request's last output.
+    error: set instead of text when the request failed. is_last: no output of this request follows, of any choice.
     """
 
     request_id: str
@@ -123,6 +125,7 @@ class TokenOutput:
     seed: int | None = None
     timings: Timings | None = None
     error: EngineError | None = None
+    is_last: bool = False
 
     def merge(self, later: TokenOutput) -> None:
         """Append the next output of the same choice, so that both travel as one response."""
@@ -138,3 +141,4 @@ class TokenOutput:
         self.seed = later.seed
         self.timings = later.timings
         self.error = later.error
+        self.is_last = later.is_last

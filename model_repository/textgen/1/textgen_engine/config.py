@@ -1,0 +1,300 @@
+"""Every option of the server: its name, type, default and range, and the frozen records the rooms receive.
+
+Names and defaults are those of Text Generation Inference's launcher where it has the option. Each may be given as an
+environment variable (`Option.env`) or, in lower case, as a parameter of textgen's config.pbtxt; the environment wins.
+`build_config` reads both once, at load. Nothing below this file reads the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from textgen_engine.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option. `minimum` and `maximum` are inclusive; `choices` bounds a string. A default of None means: derived."""
+
+    name: str
+    type: type
+    default: Any
+    help: str
+    env: str
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def allowed(self) -> str:
+        """The allowed values, in words, for messages."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[self.type]
+        if self.minimum is not None and self.maximum is not None:
+            return f"{words} from {self.minimum:g} to {self.maximum:g}"
+        if self.minimum is not None:
+            return f"{words} of at least {self.minimum:g}"
+        return words
+
+    def read(self, text: str) -> Any:
+        """The value that `text` stands for; raises ConfigError with the name, the text and what is allowed."""
+        problem = ConfigError(f"{self.env} must be {self.allowed()}; given: {text!r}")
+        if self.type is bool:
+            lowered = text.strip().lower()
+            if lowered in ("1", "true", "yes", "on"):
+                return True
+            if lowered in ("0", "false", "no", "off", ""):
+                return False
+            raise problem
+        try:
+            value = self.type(text)
+        except ValueError:
+            raise problem from None
+        if self.choices and value not in self.choices:
+            raise problem
+        if self.type in (int, float):
+            if not value == value or value in (float("inf"), float("-inf")):
+                raise problem
+            if (self.minimum is not None and value < self.minimum) or (
+                self.maximum is not None and value > self.maximum
+            ):
+                raise problem
+        return value
+
+
+def _tgi(name: str, type: type, default: Any, help: str, **bounds: Any) -> Option:
+    return Option(name, type, default, help, env=name.upper(), **bounds)
+
+
+def _own(name: str, type: type, default: Any, help: str, **bounds: Any) -> Option:
+    return Option(name, type, default, help, env=f"TEXTGEN_{name.upper()}", **bounds)
+
+
+OPTIONS: tuple[Option, ...] = (
+    # The model.
+    _tgi("model_id", str, None, "folder of a Hugging Face checkpoint (safetensors)"),
+    _tgi("dtype", str, "auto", "weights and arithmetic", choices=("auto", "float32", "float16", "bfloat16")),
+    _tgi("trust_remote_code", bool, False, "run modelling code that comes with the checkpoint"),
+    _tgi("tokenizer_config_path", str, None, "a tokenizer_config.json that overrides the checkpoint's"),
+    # Limits of one request.
+    _tgi("max_best_of", int, 2, "largest best_of and n", minimum=1),
+    _tgi("max_stop_sequences", int, 4, "most stop strings", minimum=0),
+    _tgi("max_top_n_tokens", int, 5, "largest top_n_tokens", minimum=0),
+    _tgi("max_input_tokens", int, None, "longest prompt, in tokens; default: max_total_tokens - 1", minimum=1),
+    _tgi("max_input_length", int, None, "older name of max_input_tokens", minimum=1),
+    _tgi("max_total_tokens", int, None, "prompt plus new tokens; default: the model's and the KV cache's limit", minimum=2),
+    _tgi("enable_prefill_logprobs", bool, True, "allow decoder_input_details (log-probabilities of the prompt)"),
+    _own("default_timeout_s", float, None, "deadline of requests that set none, in seconds; default: none", minimum=0.001),
+    # Admission and scheduling.
+    _tgi("max_concurrent_requests", int, 128, "requests admitted at once; one more is answered `overloaded`", minimum=1),
+    _tgi("max_batch_size", int, 256, "sequences that run in one step", minimum=1),
+    _tgi("max_batch_prefill_tokens", int, None, "token budget of one step; default: 512 on CPU, 4096 on GPU", minimum=16),
+    _tgi("max_batch_total_tokens", int, None, "size of the KV cache in tokens; default: from free memory", minimum=16),
+    _tgi("cuda_memory_fraction", float, 0.9, "share of free device memory for weights and KV cache", minimum=0.05, maximum=1),
+    _tgi("prefix_caching", bool, True, "share KV blocks between requests with a common prefix"),
+    _own("block_size", int, 16, "tokens in one KV block", minimum=1, maximum=1024),
+    _own("max_kv_cache_gib", float, 2.0, "upper bound of a KV cache sized from free memory, on the CPU", minimum=0.01),
+    _own("priority_ageing_s", float, 10.0, "seconds of waiting that are worth one level of priority", minimum=0.001),
+    _own("num_threads", int, None, "CPU threads of the engine; default: all cores", minimum=1),
+    # Transport.
+    _own("gather_streams", int, 8, "with more live streams than this, tokens are gathered before they are sent", minimum=0),
+    _own("gather_tokens", int, 4, "most tokens gathered into one response", minimum=1),
+    _own("gather_ms", float, 20.0, "longest wait for gathered tokens, in milliseconds", minimum=0),
+    _own("keep_alive_s", float, 0.0, "empty response after so many silent seconds of a stream (finds dead HTTP clients); 0: off", minimum=0),
+    # Sampling and watermark.
+    _tgi("watermark_gamma", float, 0.5, "share of the vocabulary on the watermark's green list", minimum=0.01, maximum=0.99),
+    _tgi("watermark_delta", float, 2.0, "bias of the green list", minimum=0),
+    # Engine process.
+    _own("max_engine_restarts", int, 5, "restarts within ten minutes after which the model stays not ready", minimum=0),
+    _own("engine_hang_timeout_s", float, 120.0, "a step that takes longer counts as a hang: the engine is restarted", minimum=1),
+    _tgi("log_level", str, "info", "what is logged", choices=("debug", "info", "warning", "error")),
+)  # fmt: skip
+
+# Options of TGI's launcher that mean something here but that this version cannot honour: name -> harmless values.
+UNSUPPORTED_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "quantize": ("",),
+    "num_shard": ("", "1"),
+    "sharded": ("", "false"),
+    "speculate": ("", "0"),
+    "kv_cache_dtype": ("", "auto"),
+    "rope_scaling": ("",),
+    "lora_adapters": ("",),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which checkpoint to load, and how."""
+
+    model_id: str
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    trust_remote_code: bool = False
+    device: str = "cpu"
+    num_threads: int | None = None
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The paged KV cache. num_blocks None: as many as memory_fraction of the free memory holds."""
+
+    block_size: int = 16
+    num_blocks: int | None = None
+    memory_fraction: float = 0.9
+    max_cache_bytes: int = 2 << 30
+    prefix_caching: bool = True
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """What one step may hold: sequences, tokens; and how waiting turns into priority."""
+
+    max_num_sequences: int = 256
+    max_tokens_per_step: int = 512
+    priority_ageing_s: float = 10.0
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    """What one request may ask. max_input_tokens and max_total_tokens are None until the model is loaded."""
+
+    max_concurrent_requests: int = 128
+    max_best_of: int = 2
+    max_stop_sequences: int = 4
+    max_top_n_tokens: int = 5
+    max_input_tokens: int | None = None
+    max_total_tokens: int | None = None
+    enable_prefill_logprobs: bool = True
+    default_timeout_s: float | None = None
+
+
+@dataclass(frozen=True)
+class TransportConfig:
+    """How the adapter gathers tokens into responses."""
+
+    gather_streams: int = 8
+    gather_tokens: int = 4
+    gather_s: float = 0.02
+    keep_alive_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class SupervisionConfig:
+    """When the engine process counts as hung, and how often it may be restarted."""
+
+    max_restarts: int = 5
+    hang_timeout_s: float = 120.0
+
+
+@dataclass(frozen=True)
+class WatermarkConfig:
+    """Strength of the watermark, the same for every request that asks for one."""
+
+    gamma: float = 0.5
+    delta: float = 2.0
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything, as the rooms receive it in parts."""
+
+    model: ModelConfig
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    limits: LimitsConfig = LimitsConfig()
+    transport: TransportConfig = TransportConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
+    watermark: WatermarkConfig = WatermarkConfig()
+    log_level: str = "info"
+
+
+def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, has_gpu: bool = False) -> EngineConfig:
+    """One EngineConfig from config.pbtxt's parameters and the environment; the environment wins.
+
+    has_gpu chooses the device and the defaults that depend on it. Raises ConfigError for an unknown name, a value out
+    of range, a combination that cannot work, or an option this version does not support.
+    """
+    values = _read_values(parameters, environ)
+    model_id = values["model_id"]
+    if not model_id:
+        raise ConfigError("MODEL_ID is not set: give the folder of a Hugging Face checkpoint")
+    if values["max_input_length"] is not None:
+        if values["max_input_tokens"] is not None:
+            raise ConfigError("MAX_INPUT_LENGTH is the older name of MAX_INPUT_TOKENS: set only one of them")
+        values["max_input_tokens"] = values["max_input_length"]
+    max_input, max_total = values["max_input_tokens"], values["max_total_tokens"]
+    if max_input is not None and max_total is not None and max_input >= max_total:
+        raise ConfigError(f"MAX_INPUT_TOKENS ({max_input}) must be less than MAX_TOTAL_TOKENS ({max_total})")
+    block_size, cache_tokens = values["block_size"], values["max_batch_total_tokens"]
+    if cache_tokens is not None and max_total is not None and cache_tokens < max_total:
+        raise ConfigError(f"MAX_BATCH_TOTAL_TOKENS ({cache_tokens}) must be at least MAX_TOTAL_TOKENS ({max_total})")
+    return EngineConfig(
+        model=ModelConfig(
+            model_id=model_id,
+            dtype=values["dtype"],
+            trust_remote_code=values["trust_remote_code"],
+            device="cuda" if has_gpu else "cpu",
+            num_threads=values["num_threads"],
+        ),
+        cache=CacheConfig(
+            block_size=block_size,
+            num_blocks=None if cache_tokens is None else -(-cache_tokens // block_size),
+            memory_fraction=values["cuda_memory_fraction"],
+            max_cache_bytes=int(values["max_kv_cache_gib"] * 2**30),
+            prefix_caching=values["prefix_caching"],
+        ),
+        scheduler=SchedulerConfig(
+            max_num_sequences=values["max_batch_size"],
+            max_tokens_per_step=values["max_batch_prefill_tokens"] or (4096 if has_gpu else 512),
+            priority_ageing_s=values["priority_ageing_s"],
+        ),
+        limits=LimitsConfig(
+            max_concurrent_requests=values["max_concurrent_requests"],
+            max_best_of=values["max_best_of"],
+            max_stop_sequences=values["max_stop_sequences"],
+            max_top_n_tokens=values["max_top_n_tokens"],
+            max_input_tokens=max_input,
+            max_total_tokens=max_total,
+            enable_prefill_logprobs=values["enable_prefill_logprobs"],
+            default_timeout_s=values["default_timeout_s"],
+        ),
+        transport=TransportConfig(
+            gather_streams=values["gather_streams"],
+            gather_tokens=values["gather_tokens"],
+            gather_s=values["gather_ms"] / 1000,
+            keep_alive_s=values["keep_alive_s"],
+        ),
+        supervision=SupervisionConfig(
+            max_restarts=values["max_engine_restarts"], hang_timeout_s=values["engine_hang_timeout_s"]
+        ),
+        watermark=WatermarkConfig(gamma=values["watermark_gamma"], delta=values["watermark_delta"]),
+        log_level=values["log_level"],
+    )
+
+
+def _read_values(parameters: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, Any]:
+    by_name = {option.name: option for option in OPTIONS}
+    by_env = {option.env: option for option in OPTIONS}
+    for name in parameters:
+        if name not in by_name and name not in UNSUPPORTED_OPTIONS and name.upper() != name:
+            # Upper-case parameters of config.pbtxt (EXECUTION_ENV_PATH, ...) belong to Triton's Python backend.
+            raise ConfigError(f"unknown parameter {name!r} in config.pbtxt{_closest(name, by_name)}")
+    for name in environ:
+        if name.startswith("TEXTGEN_") and name not in by_env:
+            raise ConfigError(f"unknown environment variable {name}{_closest(name, by_env)}")
+    for name, harmless in UNSUPPORTED_OPTIONS.items():
+        given = environ.get(name.upper(), parameters.get(name, ""))
+        if given.strip().lower() not in harmless:
+            raise ConfigError(f"{name.upper()}={given} is not supported by this version")
+    values: dict[str, Any] = {}
+    for option in OPTIONS:
+        text = environ.get(option.env, parameters.get(option.name, ""))
+        values[option.name] = option.default if text == "" else option.read(text)
+    return values
+
+
+def _closest(name: str, known: Mapping[str, Any]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""

@@ -1,0 +1,537 @@
+"""The engine's loop: take arrivals and cancellations, schedule, launch, collect, emit.
+
+One thread runs the loop; only that thread touches scheduler, blocks, sampler and runner. Others talk to it through
+`submit` and `cancel`, which enqueue. Every request gets outputs until exactly one last output (`TokenOutput.error`, or
+`finish_reason` on each of its choices).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from textgen_engine.attention.sdpa import SdpaBackend
+from textgen_engine.batch import BatchInputs, build_inputs
+from textgen_engine.block_manager import BlockManager
+from textgen_engine.config import EngineConfig
+from textgen_engine.detokenizer import Detokenizer, TextStream
+from textgen_engine.errors import Cancelled, ConfigError, DeadlineExceeded, EngineError, EngineFailure
+from textgen_engine.kv_cache import KVCache
+from textgen_engine.messages import EngineInfo, StepReport
+from textgen_engine.metrics import EngineGauges, StepMetrics
+from textgen_engine.model_runner import ModelRunner, num_cache_blocks
+from textgen_engine.models.loader import LoadedModel, load_model
+from textgen_engine.request import FinishReason, GenerationRequest, Timings, TokenDetail, TokenOutput
+from textgen_engine.sampling.sampler import PromptLogprobs, SampledTokens, Sampler, prompt_logprobs
+from textgen_engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
+from textgen_engine.sequence import Sequence, SequenceStatus
+
+logger = logging.getLogger(__name__)
+
+# Idle for so long, the engine checks its books once (not at once: the next request should not wait for it).
+_IDLE_CHECK_S = 1.0
+# Requests exist but none can run (they wait for something outside the loop): look again after so long.
+_NOTHING_TO_RUN_S = 0.05
+
+
+@dataclass(eq=False, slots=True)
+class _Choice:
+    """What the engine keeps per sequence beside the sequence itself."""
+
+    sequence: Sequence
+    text: TextStream
+    last_token_s: float | None = None
+    sum_logprob: float = 0.0
+    held: TokenOutput | None = None  # best_of: outputs are held back until the best are known
+
+
+@dataclass(eq=False, slots=True)
+class _LiveRequest:
+    request: GenerationRequest
+    timings: Timings
+    max_new_tokens: int
+    choices: list[_Choice] = field(default_factory=list)
+    num_finished: int = 0
+    prompt_details: list[TokenDetail] = field(default_factory=list)
+    started: bool = False
+
+    @property
+    def num_choices(self) -> int:
+        return max(self.request.n, self.request.best_of)
+
+    @property
+    def ranks_choices(self) -> bool:
+        return self.request.best_of > self.request.n
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A step whose work is on the device: what `_collect` needs to read it back."""
+
+    batch: ScheduledBatch
+    sequences: list[Sequence]
+    tokens: SampledTokens | None
+    scored: list[tuple[ScheduledSequence, PromptLogprobs]]
+
+
+class Engine:
+    """Owns every room of the engine. `emit` is called from the loop's thread, at most twice per step."""
+
+    def __init__(self, config: EngineConfig, emit: Callable[[StepReport], None]) -> None:
+        """Load the model and allocate everything. Raises ModelLoadError or ConfigError."""
+        if config.model.num_threads is not None:
+            torch.set_num_threads(config.model.num_threads)
+        backend = SdpaBackend()
+        loaded = load_model(config.model, backend)
+        num_slots = config.scheduler.max_num_sequences
+        longest = config.limits.max_total_tokens or loaded.max_positions
+        num_blocks = num_cache_blocks(config.cache, loaded, longest * num_slots)
+        self.info = _derive_info(config, loaded, num_blocks)
+        cache = KVCache(
+            loaded.layers,
+            num_blocks=num_blocks,
+            block_size=config.cache.block_size,
+            dtype=loaded.dtype,
+            device=loaded.device,
+        )
+        self._blocks = BlockManager(num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching)
+        self._scheduler = Scheduler(config.scheduler, self._blocks)
+        self._runner = ModelRunner(loaded, backend, cache)
+        self._sampler = Sampler(
+            vocab_size=loaded.vocab_size,
+            num_slots=num_slots,
+            device=loaded.device,
+            watermark_gamma=config.watermark.gamma,
+            watermark_delta=config.watermark.delta,
+        )
+        self._detokenizer = Detokenizer(loaded.tokenizer)
+        self._emit = emit
+        self._live: dict[str, _LiveRequest] = {}
+        self._choice_of: dict[Sequence, _Choice] = {}
+        self._sampler_slots: dict[Sequence, int] = {}  # sequences the sampler keeps state for
+        self._num_preemptions = 0
+        self._wake = threading.Condition()
+        self._arrivals: deque[GenerationRequest] = deque()
+        self._cancellations: deque[str] = deque()
+        self._stopping = False
+
+    # ---- called from any thread ------------------------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Enqueue a request; its outputs come through `emit`."""
+        with self._wake:
+            self._arrivals.append(request)
+            self._wake.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request with a Cancelled error; its slot and blocks are free before the next step. Unknown: nothing."""
+        with self._wake:
+            self._cancellations.append(request_id)
+            self._wake.notify()
+
+    def stop(self) -> None:
+        """Let `run` return after the current step."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+
+    # ---- the loop ----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Step until `stop`. Sleeps while there is nothing to do; checks its books once it has been idle a while."""
+        checked = True
+        while True:
+            with self._wake:
+                while not (self._arrivals or self._cancellations or self._live or self._stopping):
+                    if not self._wake.wait(timeout=None if checked else _IDLE_CHECK_S):
+                        self.check_integrity()
+                        checked = True
+                if self._stopping:
+                    return
+            checked = False
+            if not self.step():
+                with self._wake:
+                    if self._live and not (self._arrivals or self._cancellations or self._stopping):
+                        self._wake.wait(timeout=_NOTHING_TO_RUN_S)
+
+    def step(self) -> bool:
+        """One turn of the loop; False when there was nothing to run."""
+        now_s = time.monotonic()
+        report = StepReport(metrics=StepMetrics())
+        self._take_arrivals()
+        self._take_cancellations(report)
+        self._expire(now_s, report)
+        batch = self._scheduler.schedule()
+        for sequence in batch.preempted:
+            self._forget_sampler_state(sequence)
+        self._announce_started(batch)
+        if batch.entries:
+            try:
+                self._collect(self._launch(batch), report)
+            except Exception as error:  # the one broad catch: the step's requests fail, the engine goes on
+                logger.exception("a step of %d sequences failed", len(batch.entries))
+                failure = EngineFailure(f"the engine could not run a step ({type(error).__name__})")
+                for request_id in {entry.sequence.request.request_id for entry in batch.entries}:
+                    self._fail(request_id, failure, report)
+        if batch.entries or report.outputs:
+            self._measure(batch, report, time.monotonic() - now_s)
+            self._emit(report)
+        return bool(batch.entries)
+
+    def check_integrity(self) -> None:
+        """Assert that no block, slot or record outlives its request."""
+        self._scheduler.check_integrity()
+        if not self._live:
+            assert not self._choice_of and not self._sampler_slots and not self._scheduler.running
+            assert not self._scheduler.waiting
+
+    def _launch(self, batch: ScheduledBatch) -> _Launched:
+        """Put the step on the device: forward pass, then sampling. Reads nothing back."""
+        inputs = build_inputs(batch, self._runner.cache, self._runner.device)
+        logits = self._runner.forward(inputs, batch.copies)
+        self._scheduler.advance(batch)
+        rows, sequences = self._rows_to_sample(inputs.sampled)
+        tokens = None
+        if sequences:
+            index = torch.tensor(rows, device=logits.device)
+            for sequence in sequences:
+                self._ensure_sampler_state(sequence)
+            tokens = self._sampler.sample(
+                logits[index],
+                [self._sampler_slots[sequence] for sequence in sequences],
+                [sequence.num_output_tokens for sequence in sequences],
+            )
+        return _Launched(batch, sequences, tokens, self._score_prompts(inputs, logits))
+
+    def _rows_to_sample(self, entries: list[ScheduledSequence]) -> tuple[list[int], list[Sequence]]:
+        """Logits rows and the sequences sampled from them. A prompt with several choices forks here: all of them
+        sample their first token from the same row, and share the prompt's blocks."""
+        rows: list[int] = []
+        sequences: list[Sequence] = []
+        for row, entry in enumerate(entries):
+            rows.append(row)
+            sequences.append(entry.sequence)
+            live = self._live[entry.sequence.request.request_id]
+            if len(live.choices) < live.num_choices:
+                children = [Sequence(live.request, choice) for choice in range(1, live.num_choices)]
+                for child in children:
+                    self._add_choice(live, child)
+                for child in self._scheduler.fork(entry.sequence, children):
+                    rows.append(row)
+                    sequences.append(child)
+        return rows, sequences
+
+    def _score_prompts(
+        self, inputs: BatchInputs, logits: torch.Tensor
+    ) -> list[tuple[ScheduledSequence, PromptLogprobs]]:
+        scored = []
+        row = len(inputs.sampled)
+        for entry in inputs.prompt_scored:
+            sequence = entry.sequence
+            targets = sequence.request.prompt_token_ids[entry.start + 1 : entry.start + entry.num_tokens + 1]
+            if targets:
+                scores = prompt_logprobs(
+                    logits[row : row + len(targets)],
+                    torch.tensor(targets, device=logits.device),
+                    sequence.request.output.top_n_tokens,
+                )
+                scored.append((entry, scores))
+            row += entry.num_tokens
+        return scored
+
+    def _collect(self, launched: _Launched, report: StepReport) -> None:
+        """Read the step back: append tokens, check stops, free what ended, say what is new."""
+        for entry, scores in launched.scored:
+            self._note_prompt_scores(entry, scores)
+        if launched.tokens is None:
+            return
+        now_s = time.monotonic()
+        token_ids = launched.tokens.token_ids.tolist()
+        reader = _ScoreReader(launched.tokens)
+        for row, (sequence, token_id) in enumerate(zip(launched.sequences, token_ids)):
+            choice = self._choice_of[sequence]
+            choice.sum_logprob += reader.logprob(row) or 0.0
+            output = self._accept_token(choice, token_id, reader, row)
+            live = self._live[sequence.request.request_id]
+            self._time_token(live, choice, now_s, report)
+            if sequence.choice == 0 and sequence.num_output_tokens == 1 and live.request.output.prompt_logprobs:
+                output.prompt_details = self._prompt_details(live)
+            self._deliver(live, choice, output, report)
+
+    def _accept_token(self, choice: _Choice, token_id: int, reader: _ScoreReader, row: int) -> TokenOutput:
+        """Append one token to its choice; the output says what it adds, and whether it was the last."""
+        sequence, request = choice.sequence, choice.sequence.request
+        live = self._live[request.request_id]
+        sequence.token_ids.append(token_id)
+        output = TokenOutput(request.request_id, sequence.choice, token_ids=[token_id])
+        ends_text = token_id in request.stopping.stop_token_ids or (
+            token_id in self.info.eos_token_ids and not request.stopping.ignore_eos_token
+        )
+        if ends_text:
+            output.finish_reason = FinishReason.EOS_TOKEN
+            token_text = self._detokenizer.token_text(token_id)
+        else:
+            delta = choice.text.push([token_id])
+            output.text = delta.text
+            token_text = delta.token_texts[0] if delta.token_texts else ""
+            if delta.stopped:
+                output.finish_reason = FinishReason.STOP_SEQUENCE
+            elif sequence.num_output_tokens >= live.max_new_tokens:
+                output.finish_reason = FinishReason.LENGTH
+        if output.finish_reason in (FinishReason.EOS_TOKEN, FinishReason.LENGTH):
+            output.text += choice.text.finish()
+        wanted = request.output
+        if wanted.token_details or wanted.logprobs or wanted.top_n_tokens:
+            output.details.append(
+                TokenDetail(
+                    token_id,
+                    token_text,
+                    reader.logprob(row),
+                    self._detokenizer.is_special(token_id),
+                    self._top_details(reader.top(row, wanted.top_n_tokens)),
+                )
+            )
+        return output
+
+    def _deliver(self, live: _LiveRequest, choice: _Choice, output: TokenOutput, report: StepReport) -> None:
+        """Report the output, or hold it back for best_of; take the choice out when it was its last."""
+        sequence = choice.sequence
+        output.num_prompt_tokens = sequence.num_prompt_tokens
+        output.num_cached_tokens = sequence.num_cached
+        if output.finish_reason is not None:
+            sequence.finish_reason = output.finish_reason
+            live.num_finished += 1
+            live.timings.finished_s = time.monotonic()
+            output.timings = replace(live.timings)
+            output.seed = live.request.sampling.seed if live.request.sampling.do_sample else None
+            self._drop_sequence(sequence)
+        if not live.ranks_choices:
+            report.outputs.append(output)
+        elif choice.held is None:
+            choice.held = output
+        else:
+            choice.held.merge(output)
+        if live.num_finished == live.num_choices:
+            if live.ranks_choices:
+                report.outputs += _ranked_outputs(live.choices)
+            report.outputs[-1].is_last = True
+            del self._live[live.request.request_id]
+
+    # ---- arrivals and departures -------------------------------------------------------------------------------
+
+    def _take_arrivals(self) -> None:
+        with self._wake:
+            arrivals, self._arrivals = self._arrivals, deque()
+        for request in arrivals:
+            room = self.info.max_total_tokens - len(request.prompt_token_ids)
+            wanted = request.stopping.max_new_tokens
+            live = _LiveRequest(request, Timings(request.arrival_s), room if wanted is None else min(wanted, room))
+            self._live[request.request_id] = live
+            sequence = Sequence(request)
+            self._add_choice(live, sequence)
+            self._scheduler.add(sequence)
+
+    def _take_cancellations(self, report: StepReport) -> None:
+        with self._wake:
+            cancellations, self._cancellations = self._cancellations, deque()
+        for request_id in cancellations:
+            self._fail(request_id, Cancelled("ended before it was complete"), report)
+
+    def _expire(self, now_s: float, report: StepReport) -> None:
+        expired = [
+            live
+            for live in self._live.values()
+            if live.request.deadline_s is not None and live.request.deadline_s <= now_s
+        ]
+        for live in expired:
+            request = live.request
+            if request.stream and live.timings.first_token_s is not None:
+                for choice in live.choices:
+                    if choice.sequence.finish_reason is None:
+                        output = TokenOutput(request.request_id, choice.sequence.choice, text=choice.text.finish())
+                        output.finish_reason = FinishReason.TIMEOUT
+                        self._deliver(live, choice, output, report)
+            else:
+                assert request.deadline_s is not None
+                allowed_s = request.deadline_s - request.arrival_s
+                self._fail(
+                    request.request_id, DeadlineExceeded(f"not complete within {allowed_s:.3g} seconds"), report
+                )
+
+    def _fail(self, request_id: str, error: EngineError, report: StepReport) -> None:
+        """End a request with an error; does nothing when it has ended already."""
+        live = self._live.pop(request_id, None)
+        if live is None:
+            return
+        for choice in live.choices:
+            if choice.sequence.status is not SequenceStatus.FINISHED:
+                self._drop_sequence(choice.sequence)
+        report.outputs.append(TokenOutput(request_id, error=error, is_last=True))
+
+    def _add_choice(self, live: _LiveRequest, sequence: Sequence) -> None:
+        request = live.request
+        text = self._detokenizer.stream(
+            prompt_ids=request.prompt_token_ids, stopping=request.stopping, output=request.output
+        )
+        choice = _Choice(sequence, text)
+        live.choices.append(choice)
+        self._choice_of[sequence] = choice
+
+    def _drop_sequence(self, sequence: Sequence) -> None:
+        self._forget_sampler_state(sequence)
+        self._scheduler.remove(sequence)
+        del self._choice_of[sequence]
+
+    def _announce_started(self, batch: ScheduledBatch) -> None:
+        started = []
+        for entry in batch.entries:
+            live = self._live[entry.sequence.request.request_id]
+            if not live.started:
+                live.started = True
+                live.timings.scheduled_s = entry.sequence.scheduled_s
+                started.append(live.request.request_id)
+        if started:
+            self._emit(StepReport(started=started))
+
+    # ---- sampler state -----------------------------------------------------------------------------------------
+
+    def _ensure_sampler_state(self, sequence: Sequence) -> None:
+        if sequence in self._sampler_slots:
+            return
+        assert sequence.slot is not None
+        request, num_prompt = sequence.request, sequence.num_prompt_tokens
+        suppressed: tuple[int, ...] = ()
+        if request.stopping.min_new_tokens:
+            suppressed = (*sorted(self.info.eos_token_ids), *request.stopping.stop_token_ids)
+        self._sampler.add(
+            sequence.slot,
+            request.sampling,
+            choice=sequence.choice,
+            prompt_ids=request.prompt_token_ids,
+            output_ids=sequence.token_ids[num_prompt:],
+            suppressed_ids=suppressed,
+            suppressed_until=request.stopping.min_new_tokens,
+            want_logprobs=request.output.logprobs or request.output.token_details or request.best_of > request.n,
+            top_n_tokens=request.output.top_n_tokens,
+        )
+        self._sampler_slots[sequence] = sequence.slot
+
+    def _forget_sampler_state(self, sequence: Sequence) -> None:
+        slot = self._sampler_slots.pop(sequence, None)
+        if slot is not None:
+            self._sampler.remove(slot)
+
+    # ---- details and measurements ------------------------------------------------------------------------------
+
+    def _note_prompt_scores(self, entry: ScheduledSequence, scores: PromptLogprobs) -> None:
+        """Keep the scores of a chunk's prompt tokens; a chunk computed again after preemption adds nothing."""
+        live = self._live[entry.sequence.request.request_id]
+        prompt, wanted = live.request.prompt_token_ids, live.request.output.top_n_tokens
+        if not live.prompt_details:
+            live.prompt_details.append(self._token_detail(prompt[0], None))
+        reader = _ScoreReader(scores)
+        for row in range(len(scores.logprobs)):
+            position = entry.start + 1 + row
+            if position == len(live.prompt_details):
+                detail = self._token_detail(prompt[position], reader.logprob(row))
+                detail.top = self._top_details(reader.top(row, wanted))
+                live.prompt_details.append(detail)
+
+    def _prompt_details(self, live: _LiveRequest) -> list[TokenDetail]:
+        # A prompt of one token has nothing to score.
+        return live.prompt_details or [self._token_detail(live.request.prompt_token_ids[0], None)]
+
+    def _token_detail(self, token_id: int, logprob: float | None) -> TokenDetail:
+        text = self._detokenizer.token_text(token_id)
+        return TokenDetail(token_id, text, logprob, self._detokenizer.is_special(token_id))
+
+    def _top_details(self, top: list[tuple[int, float]]) -> list[TokenDetail]:
+        return [self._token_detail(token_id, logprob) for token_id, logprob in top]
+
+    def _time_token(self, live: _LiveRequest, choice: _Choice, now_s: float, report: StepReport) -> None:
+        assert report.metrics is not None
+        if live.timings.first_token_s is None:
+            live.timings.first_token_s = now_s
+            report.metrics.time_to_first_token_s.append(now_s - live.request.arrival_s)
+            if live.timings.scheduled_s is not None:
+                report.metrics.queue_s.append(live.timings.scheduled_s - live.request.arrival_s)
+            report.metrics.num_cached_tokens += choice.sequence.num_cached
+        if choice.last_token_s is not None:
+            report.metrics.inter_token_s.append(now_s - choice.last_token_s)
+        choice.last_token_s = now_s
+        report.metrics.num_generated_tokens += 1
+
+    def _measure(self, batch: ScheduledBatch, report: StepReport, step_s: float) -> None:
+        metrics = report.metrics
+        assert metrics is not None
+        metrics.batch_size = len(batch.entries)
+        metrics.num_prefill_tokens = sum(entry.num_tokens for entry in batch.entries if entry.num_tokens > 1)
+        metrics.num_preemptions = self._scheduler.num_preemptions - self._num_preemptions
+        self._num_preemptions = self._scheduler.num_preemptions
+        metrics.step_s = step_s
+        num_running = sum(1 for live in self._live.values() if live.started)
+        metrics.gauges = EngineGauges(
+            num_running=num_running,
+            num_waiting=len(self._live) - num_running,
+            kv_cache_usage=self._blocks.usage,
+        )
+
+
+class _ScoreReader:
+    """Log-probabilities of one step on the host; read back once, and only if some row asked for them."""
+
+    def __init__(self, scores: SampledTokens | PromptLogprobs) -> None:
+        self._logprobs = None if scores.logprobs is None else scores.logprobs.tolist()
+        self._top_ids = None if scores.top_ids is None else scores.top_ids.tolist()
+        self._top_logprobs = None if scores.top_logprobs is None else scores.top_logprobs.tolist()
+
+    def logprob(self, row: int) -> float | None:
+        return None if self._logprobs is None else self._logprobs[row]
+
+    def top(self, row: int, num: int) -> list[tuple[int, float]]:
+        if not num or self._top_ids is None or self._top_logprobs is None:
+            return []
+        return list(zip(self._top_ids[row][:num], self._top_logprobs[row][:num]))
+
+
+def _ranked_outputs(choices: list[_Choice]) -> list[TokenOutput]:
+    """best_of: the held outputs, best mean log-probability first, renumbered by rank (TGI's rule)."""
+    ranked = sorted(
+        choices, key=lambda choice: choice.sum_logprob / max(choice.sequence.num_output_tokens, 1), reverse=True
+    )
+    outputs = []
+    for rank, choice in enumerate(ranked):
+        assert choice.held is not None
+        outputs.append(replace(choice.held, choice=rank))
+    return outputs
+
+
+def _derive_info(config: EngineConfig, loaded: LoadedModel, num_blocks: int) -> EngineInfo:
+    """The limits of one request, from the options, the architecture and the KV cache. Raises ConfigError."""
+    limits, num_cache_tokens = config.limits, num_blocks * config.cache.block_size
+    max_total = limits.max_total_tokens
+    if max_total is None:
+        max_total = min(loaded.max_positions, num_cache_tokens)
+        if limits.max_input_tokens is not None and limits.max_input_tokens >= max_total:
+            raise ConfigError(
+                f"MAX_INPUT_TOKENS ({limits.max_input_tokens}) must be less than the {max_total} tokens that the model "
+                f"and the KV cache allow"
+            )
+    if max_total > loaded.max_positions:
+        raise ConfigError(f"MAX_TOTAL_TOKENS ({max_total}) exceeds the model's {loaded.max_positions} positions")
+    if max_total > num_cache_tokens:
+        raise ConfigError(f"MAX_TOTAL_TOKENS ({max_total}) exceeds the KV cache of {num_cache_tokens} tokens")
+    return EngineInfo(
+        vocab_size=loaded.vocab_size,
+        max_input_tokens=limits.max_input_tokens or max_total - 1,
+        max_total_tokens=max_total,
+        num_blocks=num_blocks,
+        block_size=config.cache.block_size,
+        eos_token_ids=loaded.eos_token_ids,
+    )

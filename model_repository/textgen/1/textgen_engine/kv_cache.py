@@ -1,0 +1,60 @@
+"""The K and V tensors of the paged cache, one pair per layer, and nothing else.
+
+The layout of a block belongs to the attention backend that reads it (`AttentionBackend.cache_shape`); block ids and
+who owns them belong to block_manager.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from textgen_engine.errors import ModelLoadError
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one attention layer stores per token: `num_kv_heads` vectors of `head_dim` (K) and `value_dim` (V)."""
+
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        return self.num_kv_heads * (self.head_dim + self.value_dim) * dtype.itemsize
+
+
+class KVCache:
+    """`keys[layer]` and `values[layer]`: [num_blocks, num_kv_heads, block_size, head_dim or value_dim].
+
+    The tensors are zeroed at once, so that their memory is really there before the first request comes.
+    """
+
+    def __init__(
+        self, layers: list[LayerShape], *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        try:
+            self.keys = [_zeros(num_blocks, s.num_kv_heads, block_size, s.head_dim, dtype, device) for s in layers]
+            self.values = [_zeros(num_blocks, s.num_kv_heads, block_size, s.value_dim, dtype, device) for s in layers]
+        except (RuntimeError, MemoryError) as error:
+            size = num_blocks * block_size * sum(s.bytes_per_token(dtype) for s in layers)
+            raise ModelLoadError(
+                f"not enough memory for a KV cache of {num_blocks * block_size} tokens ({size / 2**30:.1f} GiB); "
+                f"lower MAX_BATCH_TOTAL_TOKENS"
+            ) from error
+
+    def copy_blocks(self, copies: Iterable[tuple[int, int]]) -> None:
+        """Copy whole blocks (source, destination), in the order given."""
+        for source, destination in copies:
+            for tensor in (*self.keys, *self.values):
+                tensor[destination].copy_(tensor[source])
+
+
+def _zeros(
+    num_blocks: int, heads: int, block_size: int, dim: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    return torch.empty(num_blocks, heads, block_size, dim, dtype=dtype, device=device).zero_()

@@ -1,0 +1,34 @@
+"""What the engine counts and measures, as plain records; the adapter publishes them on Triton's metrics port."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class EngineGauges:
+    """The state after one step. num_waiting counts requests that hold nothing yet; kv_cache_usage is 0 to 1."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    num_free_slots: int = 0
+
+
+@dataclass(slots=True)
+class StepMetrics:
+    """What one step adds: counts, and observations in seconds.
+
+    inter_token_s: one gap per token that was not its choice's first. batch_size: sequences in the step.
+    """
+
+    num_prefill_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    batch_size: int = 0
+    step_s: float = 0.0
+    time_to_first_token_s: list[float] = field(default_factory=list)
+    inter_token_s: list[float] = field(default_factory=list)
+    queue_s: list[float] = field(default_factory=list)
+    gauges: EngineGauges = field(default_factory=EngineGauges)

@@ -1,0 +1,1 @@
+"""Checkpoints to running models; with attention/bridge.py the only code that knows transformers' internals."""

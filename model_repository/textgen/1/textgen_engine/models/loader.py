@@ -1,0 +1,203 @@
+"""Load a checkpoint once, as transformers' own class with our attention, and find out what it needs of the cache."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from textgen_engine.attention import bridge
+from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata
+from textgen_engine.config import ModelConfig
+from textgen_engine.errors import ModelLoadError
+from textgen_engine.kv_cache import LayerShape
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and the facts the engine needs of it.
+
+    layers: what each attention layer caches. max_positions: the longest sequence the architecture allows.
+    eos_token_ids: every id that ends a text. takes_logits_rows: the model's forward accepts logits_to_keep.
+    """
+
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    layers: list[LayerShape]
+    dtype: torch.dtype
+    device: torch.device
+    vocab_size: int
+    max_positions: int
+    eos_token_ids: frozenset[int]
+    takes_logits_rows: bool
+
+
+def load_model(config: ModelConfig, backend: AttentionBackend) -> LoadedModel:
+    """Load weights, tokenizer and generation defaults from the folder config.model_id.
+
+    Raises ModelLoadError, with one line that says what is wrong, for a folder that is missing or no checkpoint, for
+    damaged weights, for a model that does not fit into memory, and for one that our attention cannot serve.
+    """
+    bridge.register()
+    folder = Path(config.model_id)
+    check_checkpoint(folder)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    device = torch.device(config.device)
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        dtype = _choose_dtype(config, hf_config)
+        _check_memory(folder, dtype, device)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=hf_config,
+            dtype=dtype,
+            attn_implementation=bridge.ATTENTION_NAME,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except ModelLoadError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
+        raise ModelLoadError(f"cannot load {folder}: {_first_line(error)}") from error
+    model = model.to(device).eval().requires_grad_(False)
+    text_config = hf_config.get_text_config()
+    takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        layers=_probe_layers(model, backend, device, takes_rows),
+        dtype=dtype,
+        device=device,
+        vocab_size=text_config.vocab_size,
+        max_positions=getattr(text_config, "max_position_embeddings", None) or 1 << 30,
+        eos_token_ids=_eos_token_ids(folder, text_config, tokenizer),
+        takes_logits_rows=takes_rows,
+    )
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raise ModelLoadError unless the folder holds a config and safetensors files whose headers and sizes agree."""
+    if not folder.is_dir():
+        raise ModelLoadError(f"model folder {folder} does not exist")
+    if not (folder / "config.json").is_file():
+        raise ModelLoadError(f"{folder} is no checkpoint: it has no config.json")
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise ModelLoadError(f"{folder} is no checkpoint: it has no .safetensors file")
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(f"{shard} is damaged: {_first_line(error)}") from error
+
+
+def _choose_dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:
+    if config.dtype != "auto":
+        dtype = getattr(torch, config.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    # 16-bit arithmetic is three times slower than float32 on CPUs without bf16 units.
+    if config.device == "cpu":
+        return torch.float32
+    return hf_config.get_text_config().dtype or hf_config.dtype or torch.bfloat16
+
+
+def _check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    num_weights = 0
+    for shard in folder.glob("*.safetensors"):
+        with safe_open(shard, framework="pt") as opened:
+            for name in opened.keys():
+                shape = opened.get_slice(name).get_shape()
+                num_weights += int(torch.Size(shape).numel())
+    needed = num_weights * dtype.itemsize
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise ModelLoadError(
+            f"not enough memory: the weights of {folder} need {needed / 2**30:.1f} GiB as {dtype}, "
+            f"{free / 2**30:.1f} GiB are free"
+        )
+
+
+def _eos_token_ids(folder: Path, text_config: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every id that generation_config, config or tokenizer names as the end; the first that names any wins."""
+    named: Any = None
+    if (folder / "generation_config.json").is_file():
+        named = GenerationConfig.from_pretrained(folder).eos_token_id
+    if named is None:
+        named = getattr(text_config, "eos_token_id", None)
+    if named is None:
+        named = tokenizer.eos_token_id
+    if named is None:
+        return frozenset()
+    return frozenset(named if isinstance(named, list) else [named])
+
+
+class _LayerProbe(AttentionBackend):
+    """Notes what a trial forward stores and asks for, layer by layer."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+        self.features = AttentionFeatures()
+
+    def check(self, features: AttentionFeatures) -> None:
+        pass
+
+    def prepare(self, metadata: AttentionMetadata) -> None:
+        pass
+
+    def run(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        self.shapes[layer] = LayerShape(key.shape[1], key.shape[2], value.shape[2])
+        self.features = AttentionFeatures(sliding_window=self.features.sliding_window or sliding_window is not None)
+        return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
+
+
+def _probe_layers(
+    model: torch.nn.Module, backend: AttentionBackend, device: torch.device, takes_rows: bool
+) -> list[LayerShape]:
+    """Run one token through the model to see what its attention layers store; checks that the backend serves them."""
+    probe = _LayerProbe()
+    empty = torch.zeros(0, dtype=torch.int64, device=device)
+    metadata = AttentionMetadata(1, [1], [1], empty, empty, empty, [], [])
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    keywords: dict[str, Any] = {"logits_to_keep": 1} if takes_rows else {}
+    try:
+        with torch.inference_mode():
+            model(
+                input_ids=token,
+                position_ids=token,
+                use_cache=False,
+                attention_metadata=metadata,
+                attention_backend=probe,
+                **keywords,
+            )
+    except (NotImplementedError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ModelLoadError(f"{type(model).__name__} cannot be served: {_first_line(error)}") from error
+    if sorted(probe.shapes) != list(range(len(probe.shapes))) or not probe.shapes:
+        raise ModelLoadError(f"{type(model).__name__} cannot be served: its layers do not use transformers' attention")
+    backend.check(probe.features)
+    return [probe.shapes[layer] for layer in range(len(probe.shapes))]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

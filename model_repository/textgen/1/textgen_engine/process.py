@@ -1,0 +1,383 @@
+"""The engine in a process of its own: start, one message per step each way, supervision, restart.
+
+Knows messages, not their meaning. `EngineClient` is the caller's side; `main` is the child's. The two talk over a
+socket pair: the child ends when its end of the pair does, so a killed caller leaves no engine behind.
+
+When the engine dies (killed, crashed, out of memory, hung): requests that had started get one EngineFailure each,
+those that had not are kept, a new engine is started in place, and the kept ones are submitted to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from textgen_engine.config import EngineConfig
+from textgen_engine.errors import (
+    Cancelled,
+    ConfigError,
+    DeadlineExceeded,
+    EngineError,
+    EngineFailure,
+    ModelLoadError,
+    NotReady,
+)
+from textgen_engine.messages import EngineInfo, StepReport
+from textgen_engine.request import GenerationRequest, TokenOutput
+
+logger = logging.getLogger(__name__)
+
+_RESTART_WINDOW_S = 600.0
+_STOP_TIMEOUT_S = 10.0
+_POLL_S = 0.1
+
+
+class EngineState(Enum):
+    """STARTING and RESTARTING keep requests until the engine is there; FAILED and STOPPED refuse them."""
+
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(slots=True)
+class _Pending:
+    request: GenerationRequest
+    started: bool = False
+
+
+class EngineClient:
+    """The caller's side. Thread safe. `on_report` is called from one thread at a time, never with a lock held.
+
+    Every submitted request gets its last output through `on_report` exactly once, whatever happens to the process.
+    """
+
+    def __init__(self, config: EngineConfig, on_report: Callable[[StepReport], None]) -> None:
+        self._config = config
+        self._on_report = on_report
+        self._lock = threading.Lock()
+        self._state = EngineState.STARTING
+        self._pending: dict[str, _Pending] = {}  # in order of submission
+        self._restarts: deque[float] = deque()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._supervisor = threading.Thread(target=self._supervise, name="engine-supervisor", daemon=True)
+        self.num_restarts = 0
+
+    @property
+    def state(self) -> EngineState:
+        return self._state
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine, None while there is none."""
+        return self._process.pid if self._process is not None else None
+
+    def start(self) -> EngineInfo:
+        """Start the process and wait until the model is loaded. Raises ModelLoadError or ConfigError."""
+        info = self._spawn()
+        self._supervisor.start()
+        return info
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Hand over a request. Raises NotReady when there is no engine and none is coming."""
+        with self._lock:
+            if self._state in (EngineState.FAILED, EngineState.STOPPED):
+                raise NotReady(f"the engine has {self._state.value}")
+            self._pending[request.request_id] = _Pending(request)
+            if self._state is EngineState.READY:
+                self._outbox.put(request)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; its last output is a Cancelled error. Unknown or ended: nothing."""
+        with self._lock:
+            if self._state is EngineState.READY:
+                self._outbox.put(_Cancel(request_id))
+                return
+            known = self._pending.pop(request_id, None)
+        if known is not None:
+            self._report_errors([request_id], Cancelled("ended before it was complete"))
+
+    def stop(self) -> None:
+        """End the process; requests still pending get a NotReady error. Idempotent."""
+        with self._lock:
+            if self._state is EngineState.STOPPED:
+                return
+            self._state = EngineState.STOPPED
+            self._outbox.put(None)
+        process = self._process
+        if process is not None:
+            try:
+                process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if self._supervisor.is_alive():
+            self._supervisor.join(_STOP_TIMEOUT_S)
+        self._fail_pending(NotReady("the server is stopping"), only_started=False)
+
+    # ---- the supervisor's thread -------------------------------------------------------------------------------
+
+    def _supervise(self) -> None:
+        while True:
+            reason = self._receive_until_end()
+            with self._lock:
+                if self._state is EngineState.STOPPED:
+                    return
+                self._state = EngineState.RESTARTING
+            logger.error("the engine %s; live requests fail, a new engine is started", reason)
+            self._end_process()
+            self._fail_pending(EngineFailure(f"the engine {reason}"), only_started=True)
+            if not self._restart():
+                return
+
+    def _receive_until_end(self) -> str:
+        """Pass reports on until the engine is gone; says how it went."""
+        connection, process = self._connection, self._process
+        assert connection is not None and process is not None
+        last_message_s = time.monotonic()
+        while True:
+            try:
+                if connection.poll(1.0):
+                    report = pickle.loads(connection.recv_bytes())
+                    self._note(report)
+                    last_message_s = time.monotonic()
+                    continue
+            except (EOFError, OSError):
+                code = _wait(process)
+                return "was killed" if code is None or code < 0 else f"ended with exit code {code}"
+            with self._lock:
+                is_busy = bool(self._pending)
+            if not is_busy:
+                last_message_s = time.monotonic()
+            elif time.monotonic() - last_message_s > self._config.supervision.hang_timeout_s:
+                return f"did not answer for {self._config.supervision.hang_timeout_s:g} seconds"
+
+    def _note(self, report: StepReport) -> None:
+        with self._lock:
+            for request_id in report.started:
+                if request_id in self._pending:
+                    self._pending[request_id].started = True
+            outputs = []
+            for output in report.outputs:
+                pending = self._pending.get(output.request_id)
+                if pending is None:
+                    continue
+                if output.is_last:
+                    del self._pending[output.request_id]
+                outputs.append(output)
+            report.outputs = outputs
+        self._on_report(report)
+
+    def _restart(self) -> bool:
+        """A new engine for the kept requests; False when it is given up."""
+        while True:
+            now_s = time.monotonic()
+            while self._restarts and now_s - self._restarts[0] > _RESTART_WINDOW_S:
+                self._restarts.popleft()
+            if len(self._restarts) >= self._config.supervision.max_restarts:
+                with self._lock:
+                    self._state = EngineState.FAILED
+                logger.error("the engine was restarted %d times within ten minutes: given up", len(self._restarts))
+                self._fail_pending(NotReady("the engine keeps failing and is not restarted"), only_started=False)
+                return False
+            self._restarts.append(now_s)
+            self.num_restarts += 1
+            try:
+                self._spawn()
+                return True
+            except (ModelLoadError, ConfigError) as error:
+                with self._lock:
+                    if self._state is EngineState.STOPPED:
+                        return False
+                logger.error("the new engine did not start: %s", error)
+
+    # ---- process and connection --------------------------------------------------------------------------------
+
+    def _spawn(self) -> EngineInfo:
+        """Start a process, wait until it is ready, and submit what is pending to it."""
+        ours, theirs = socket.socketpair()
+        package_folder = str(Path(__file__).resolve().parent.parent)
+        environment = dict(os.environ)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_folder, environment.get("PYTHONPATH")]))
+        with theirs:
+            self._process = subprocess.Popen(
+                [_python(), "-m", "textgen_engine.process", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+            )
+        self._connection = connection = Connection(ours.detach())
+        connection.send(self._config)
+        info = self._wait_ready(connection)
+        with self._lock:
+            self._outbox = queue.SimpleQueue()
+            for pending in self._pending.values():
+                self._outbox.put(pending.request)
+            if self._state is EngineState.STOPPED:
+                self._outbox.put(None)
+            else:
+                self._state = EngineState.READY
+        threading.Thread(
+            target=_write, args=(connection, self._outbox), name="engine-writer", daemon=True
+        ).start()
+        return info
+
+    def _wait_ready(self, connection: Connection) -> EngineInfo:
+        problem: Exception
+        try:
+            while not connection.poll(_POLL_S):
+                self._expire_pending()
+                if self._state is EngineState.STOPPED:
+                    self._end_process()
+                    raise ModelLoadError("stopped while loading")
+            answer = connection.recv()
+            if isinstance(answer, EngineInfo):
+                return answer
+            problem = answer
+        except (EOFError, OSError):
+            assert self._process is not None
+            code = _wait(self._process)
+            problem = ModelLoadError(f"the engine process ended while loading (exit code {code})")
+        self._end_process()
+        raise problem
+
+    def _end_process(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if self._connection is not None:
+            self._connection.close()
+
+    # ---- answers that the engine cannot give -------------------------------------------------------------------
+
+    def _expire_pending(self) -> None:
+        now_s = time.monotonic()
+        with self._lock:
+            expired = [
+                request_id
+                for request_id, pending in self._pending.items()
+                if pending.request.deadline_s is not None and pending.request.deadline_s <= now_s
+            ]
+            for request_id in expired:
+                del self._pending[request_id]
+        self._report_errors(expired, DeadlineExceeded("the engine was restarting when the request's time was up"))
+
+    def _fail_pending(self, error: EngineError, *, only_started: bool) -> None:
+        with self._lock:
+            failed = [i for i, pending in self._pending.items() if pending.started or not only_started]
+            for request_id in failed:
+                del self._pending[request_id]
+        self._report_errors(failed, error)
+
+    def _report_errors(self, request_ids: list[str], error: EngineError) -> None:
+        if request_ids:
+            self._on_report(StepReport(outputs=[TokenOutput(i, error=error, is_last=True) for i in request_ids]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    request_id: str
+
+
+def _write(connection: Connection, outbox: queue.SimpleQueue[Any]) -> None:
+    """Send what is in the outbox, everything that is there in one message; None ends it."""
+    while True:
+        items = [outbox.get()]
+        while not outbox.empty():
+            items.append(outbox.get())
+        try:
+            connection.send(items)
+        except (OSError, ValueError):
+            return  # the engine is gone; what was not started is submitted to the next one
+        if items[-1] is None:
+            return
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return process.wait(1.0)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _python() -> str:
+    # Inside Triton's stub sys.executable is the environment's interpreter, where there is one.
+    if sys.executable and Path(sys.executable).name.startswith("python"):
+        return sys.executable
+    return shutil.which("python3") or "python3"
+
+
+# ---- the child's side ------------------------------------------------------------------------------------------
+
+
+def main(file_descriptor: int) -> int:
+    """Serve one EngineClient over the socket with this file descriptor until it says stop or is gone."""
+    # Ctrl-C and SIGTERM reach the whole process group; the engine has to outlive them to let streams finish.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    connection = Connection(file_descriptor)
+    config = connection.recv()
+    assert isinstance(config, EngineConfig)
+    logging.basicConfig(level=config.log_level.upper(), format="textgen engine: %(levelname)s %(message)s")
+
+    from textgen_engine.engine import Engine  # here, so that the caller's process never imports torch
+
+    def emit(report: StepReport) -> None:
+        try:
+            connection.send_bytes(pickle.dumps(report, protocol=pickle.HIGHEST_PROTOCOL))
+        except OSError:
+            os._exit(1)  # nobody is left to answer to
+
+    try:
+        engine = Engine(config, emit)
+    except (ModelLoadError, ConfigError) as error:
+        connection.send(error)
+        return 1
+    except MemoryError:
+        connection.send(ModelLoadError("not enough memory to load the model"))
+        return 1
+    connection.send(engine.info)
+
+    def read() -> None:
+        try:
+            while True:
+                for item in connection.recv():
+                    if item is None:
+                        engine.stop()
+                    elif isinstance(item, _Cancel):
+                        engine.cancel(item.request_id)
+                    else:
+                        engine.submit(item)
+        except (EOFError, OSError):
+            os._exit(0)
+
+    threading.Thread(target=read, name="engine-reader", daemon=True).start()
+    engine.run()
+    return 0
+
+
+if __name__ == "__main__":
+    # Run under the module's own name, so that the records it sends are the caller's classes.
+    from textgen_engine import process as _own_module
+
+    sys.exit(_own_module.main(int(sys.argv[1])))

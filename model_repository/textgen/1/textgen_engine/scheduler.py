@@ -1,0 +1,240 @@
+"""Which sequences run in the next step, with how many tokens each.
+
+Owns the waiting and the running list and the token budget. Sees neither tensors nor tokenizers nor Triton.
+
+One step mixes decodes (one token each, always first, so that running streams never wait for a prompt) with chunks of
+prompts. Blocks are reserved for the tokens of the step only. When they run out, the least urgent sequence is preempted:
+it gives its blocks away and is computed again later, from its tokens.
+
+Urgency is one number per request: arrival_s - priority * priority_ageing_s, smaller first. That is first come first
+served inside a priority, and a request that has waited `priority_ageing_s` longer equals one of the next priority, so
+nobody starves.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from textgen_engine.block_manager import BlockManager
+from textgen_engine.config import SchedulerConfig
+from textgen_engine.sequence import Sequence, SequenceStatus
+
+# A prompt is not cut into chunks smaller than this because another prompt waits beside it.
+_MIN_SHARED_CHUNK = 64
+# How many waiting sequences that do not fit are passed over in one step, to bound the step's search.
+_MAX_PASSED_OVER = 16
+# Prompts whose log-probabilities are wanted need one row of logits per token: their chunks stay small, so that the
+# logits of a step are bounded (128 rows of 128k entries are 64 MiB).
+_MAX_SCORED_CHUNK = 128
+
+
+@dataclass(slots=True)
+class ScheduledSequence:
+    """`num_tokens` tokens of the sequence, from `start` on; `is_last` when its last known token is among them."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    is_last: bool
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """One step. `copies` are block copies (source, destination) to be made before anything is written."""
+
+    entries: list[ScheduledSequence] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.num_tokens for entry in self.entries)
+
+
+class Scheduler:
+    """Owns who waits and who runs. Not thread safe: the engine's loop thread alone calls it."""
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+        self._config = config
+        self._blocks = blocks
+        self.waiting: list[Sequence] = []  # most urgent first
+        self.running: list[Sequence] = []  # most urgent first
+        self._free_slots = list(range(config.max_num_sequences - 1, -1, -1))
+        self.num_preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence that holds nothing."""
+        assert sequence.status is SequenceStatus.WAITING and not sequence.block_table
+        bisect.insort(self.waiting, sequence, key=self._urgency)
+
+    def fork(self, parent: Sequence, children: Iterable[Sequence]) -> list[Sequence]:
+        """Start children of a sequence whose whole prompt is computed, on the same blocks.
+
+        Returns those that run at once; the others found no slot and wait like new arrivals (the prefix cache spares
+        them most of the prompt).
+        """
+        started = []
+        for child in children:
+            if self._free_slots:
+                self._blocks.fork(parent, child)
+                child.num_computed = parent.num_computed
+                child.num_cached = parent.num_cached
+                child.scheduled_s = parent.scheduled_s
+                self._start(child)
+                started.append(child)
+            else:
+                self.add(child)
+        return started
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out for good (finished, cancelled, failed); its slot and blocks are free at once."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self._stop(sequence)
+        elif sequence.status is SequenceStatus.WAITING:
+            self.waiting.remove(sequence)
+        sequence.status = SequenceStatus.FINISHED
+
+    def schedule(self) -> ScheduledBatch:
+        """The next step; empty when nothing can run. Reserves blocks, preempts, admits."""
+        batch = ScheduledBatch()
+        budget = self._config.max_tokens_per_step
+        for sequence in [s for s in self.running if s.is_decoding]:
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue  # preempted by a more urgent one a moment ago
+            if budget > 0 and self._reserve_by_force(sequence, 1, batch):
+                self._append(batch, sequence, 1)
+                budget -= 1
+        budget = self._schedule_prefills(batch, budget)
+        if not batch.preempted:
+            self._admit(batch, budget)
+        return batch
+
+    def advance(self, batch: ScheduledBatch) -> None:
+        """Count the step's tokens as computed. Call when its results are in, before new tokens are appended."""
+        for entry in batch.entries:
+            sequence = entry.sequence
+            if sequence.status is SequenceStatus.RUNNING:
+                sequence.num_computed = entry.start + entry.num_tokens
+                self._blocks.register(sequence)
+
+    def check_integrity(self) -> None:
+        """Assert that slots and blocks are all accounted for."""
+        slots = [sequence.slot for sequence in self.running]
+        assert sorted(self._free_slots + [s for s in slots if s is not None]) == list(
+            range(self._config.max_num_sequences)
+        )
+        assert all(not sequence.block_table and sequence.slot is None for sequence in self.waiting)
+        self._blocks.check_integrity(self.running)
+
+    def _urgency(self, sequence: Sequence) -> float:
+        request = sequence.request
+        return request.arrival_s - request.priority * self._config.priority_ageing_s
+
+    def _schedule_prefills(self, batch: ScheduledBatch, budget: int) -> int:
+        """Continue prompts that were begun; returns the budget that is left for new ones."""
+        prefills = [s for s in self.running if not s.is_decoding]
+        for index, sequence in enumerate(prefills):
+            if sequence.status is not SequenceStatus.RUNNING or budget <= 0:
+                continue
+            others = index + 1 < len(prefills) or self._can_admit_another()
+            chunk = _chunk(sequence, sequence.num_uncomputed, budget, others)
+            if self._reserve_by_force(sequence, chunk, batch):
+                self._append(batch, sequence, chunk)
+                budget -= chunk
+        return budget
+
+    def _admit(self, batch: ScheduledBatch, budget: int) -> None:
+        """Start waiting sequences, most urgent first, while slots, blocks and budget last.
+
+        A sequence that does not fit is passed over for smaller ones, but only until it has waited as long as one level
+        of priority is worth: from then on the blocks that become free are kept for it.
+        """
+        patience_s = self._config.priority_ageing_s
+        num_passed_over = 0
+        for sequence in list(self.waiting):
+            if budget <= 0 or not self._free_slots or num_passed_over > _MAX_PASSED_OVER:
+                return
+            found = [] if sequence.request.output.prompt_logprobs else self._blocks.find_prefix(sequence)
+            num_found = len(found) * self._blocks.block_size
+            others = len(self.waiting) > 1 and len(self._free_slots) > 1
+            chunk = _chunk(sequence, len(sequence.token_ids) - num_found, budget, others)
+            # Found blocks that nobody uses count as available now but not once they are taken.
+            new_blocks = self._blocks.blocks_for(num_found + chunk) - len(found)
+            reused = sum(1 for block in found if self._blocks.is_idle(block))
+            # One spare block per running sequence keeps a newcomer from being preempted right away.
+            spare = len(self.running) if self.running else 0
+            if new_blocks + reused + spare > self._blocks.num_available:
+                if time.monotonic() - sequence.request.arrival_s > patience_s:
+                    return
+                num_passed_over += 1
+                continue
+            self.waiting.remove(sequence)
+            self._blocks.adopt_prefix(sequence, found)
+            sequence.num_computed = num_found
+            if sequence.scheduled_s is None:
+                sequence.scheduled_s = time.monotonic()
+                sequence.num_cached = num_found
+            self._start(sequence)
+            copies = self._blocks.reserve(sequence, num_found + chunk)
+            assert copies is not None
+            batch.copies += copies
+            self._append(batch, sequence, chunk)
+            budget -= chunk
+
+    def _can_admit_another(self) -> bool:
+        return bool(self.waiting and self._free_slots)
+
+    def _reserve_by_force(self, sequence: Sequence, num_tokens: int, batch: ScheduledBatch) -> bool:
+        """Reserve blocks for the next tokens, preempting less urgent sequences; False if it preempted itself."""
+        while True:
+            copies = self._blocks.reserve(sequence, sequence.num_computed + num_tokens)
+            if copies is not None:
+                batch.copies += copies
+                return True
+            victim = self.running[-1]
+            self._preempt(victim, batch)
+            if victim is sequence:
+                return False
+
+    def _preempt(self, sequence: Sequence, batch: ScheduledBatch) -> None:
+        self._stop(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        # It may already be part of this step.
+        batch.entries = [entry for entry in batch.entries if entry.sequence is not sequence]
+        batch.preempted.append(sequence)
+        bisect.insort(self.waiting, sequence, key=self._urgency)
+
+    def _start(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.RUNNING
+        sequence.slot = self._free_slots.pop()
+        bisect.insort(self.running, sequence, key=self._urgency)
+
+    def _stop(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self.running.remove(sequence)
+        self._free_slots.append(sequence.slot)
+        sequence.slot = None
+        self._blocks.release(sequence)
+
+    def _append(self, batch: ScheduledBatch, sequence: Sequence, num_tokens: int) -> None:
+        batch.entries.append(
+            ScheduledSequence(
+                sequence, sequence.num_computed, num_tokens, is_last=num_tokens == sequence.num_uncomputed
+            )
+        )
+
+
+def _chunk(sequence: Sequence, num_tokens: int, budget: int, others: bool) -> int:
+    """Tokens of a prompt for this step. Beside other prompts it gets half of what is left, so that a short prompt
+    behind a long one starts now and not when the long one is through."""
+    if others and num_tokens > budget // 2:
+        budget = min(budget, max(budget // 2, _MIN_SHARED_CHUNK))
+    if sequence.request.output.prompt_logprobs:
+        budget = min(budget, _MAX_SCORED_CHUNK)
+    return min(num_tokens, budget)
