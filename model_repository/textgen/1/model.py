@@ -1,0 +1,216 @@
+"""Triton's lifecycle of the `textgen` model: initialize, execute, finalize.
+
+The stub stays thin: it parses, asks the `tokenizer` model, submits to the engine's process, sends what comes back and
+polls for cancellation. It never imports torch, and never makes `execute` wait: a request is refused or queued there,
+everything else happens on threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+# An installed package of the same name must not win over the one beside this file.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import triton_io
+import triton_python_backend_utils as pb_utils
+from textgen_engine.config import EngineConfig, build_config
+from textgen_engine.errors import (
+    Cancelled,
+    ConfigError,
+    DeadlineExceeded,
+    EngineError,
+    EngineFailure,
+    InvalidParameter,
+    ModelLoadError,
+    NotReady,
+    Overloaded,
+)
+from textgen_engine.messages import StepReport
+from textgen_engine.parameters import ParameterLimits
+from textgen_engine.process import EngineClient, EngineState
+from triton_metrics import MetricsPublisher
+from triton_responder import LiveRequest, Responder
+
+logger = logging.getLogger(__name__)
+
+# Threads that parse requests and ask the tokenizer; its instances do the work, these wait for them.
+_NUM_ADMISSION_THREADS = 4
+_DRAIN_TIMEOUT_S = 90.0
+
+
+class TritonPythonModel:
+    """One instance serves the whole server; Triton calls its methods from one thread."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Start the engine's process and wait until the model is loaded."""
+        try:
+            self._config = _read_config(args)
+            logging.basicConfig(level=self._config.log_level.upper(), format="textgen: %(levelname)s %(message)s")
+            self._engine = EngineClient(self._config, self._on_report)
+            self._info = self._engine.start()
+        except (ConfigError, ModelLoadError) as error:
+            # Triton wraps the exception in pages of its own; this line is what scripts/serve.py shows.
+            print(f"textgen: fatal: {error}", file=sys.stderr, flush=True)
+            raise pb_utils.TritonModelException(str(error)) from None
+        limits = self._config.limits
+        self._limits = ParameterLimits(
+            max_best_of=limits.max_best_of,
+            max_stop_sequences=limits.max_stop_sequences,
+            max_top_n_tokens=limits.max_top_n_tokens,
+            max_input_tokens=self._info.max_input_tokens,
+            max_total_tokens=self._info.max_total_tokens,
+            enable_prefill_logprobs=limits.enable_prefill_logprobs,
+        )
+        self._keys = itertools.count()
+        self._finalizing = False
+        labels = {"model": args["model_name"], "version": args["model_version"]}
+        self._metrics = MetricsPublisher(
+            self._info, labels, is_ready=self.is_ready, num_restarts=lambda: self._engine.num_restarts
+        )
+        self._responder = Responder(self._config.transport, self._on_client_gone)
+        self._responder.start()
+        self._admission = ThreadPoolExecutor(_NUM_ADMISSION_THREADS, thread_name_prefix="admission")
+
+    def execute(self, requests: list[Any]) -> None:
+        """Take requests in. Refuses at once what exceeds max_concurrent_requests; returns without waiting."""
+        for request in requests:
+            arrival_s = time.monotonic()
+            key = str(next(self._keys))
+            live = LiveRequest(key, request.request_id(), request.get_response_sender(), arrival_s)
+            limit = self._config.limits.max_concurrent_requests
+            if self._finalizing:
+                self._answer_at_once(live, NotReady("the server is stopping"))
+            elif self._responder.num_live >= limit and not _is_cancel(request):
+                self._metrics.count("tgi_request_count")
+                error = Overloaded(f"{limit} requests are live (max_concurrent_requests)")
+                self._metrics.note_failure(error)
+                self._answer_at_once(live, error)
+            else:
+                self._responder.add(live)
+                self._admission.submit(self._admit, live, request)
+        return None
+
+    def finalize(self) -> None:
+        """Let live requests end, then end the engine and the threads."""
+        self._finalizing = True
+        self._admission.shutdown(wait=True)
+        self._responder.stop(_DRAIN_TIMEOUT_S)
+        self._engine.stop()
+        self._metrics.stop()
+
+    def is_ready(self) -> bool:
+        """Asked by servers newer than 2.51 for the model's readiness; older ones show `tgi_engine_ready` instead."""
+        return self._engine.state is EngineState.READY
+
+    # ---- admission threads -------------------------------------------------------------------------------------
+
+    def _admit(self, live: LiveRequest, request: Any) -> None:
+        try:
+            if triton_io.is_cancel_request(request):
+                self._cancel_by_id(live)
+                return
+            self._metrics.count("tgi_request_count")
+            self._submit(live, request)
+        except EngineError as error:
+            self._fail(live, error)
+        except Exception:
+            logger.exception("a request could not be admitted")
+            self._fail(live, EngineFailure("the request could not be read"))
+
+    def _submit(self, live: LiveRequest, request: Any) -> None:
+        parsed = triton_io.parse_request(request, limits=self._limits, vocab_size=self._info.vocab_size)
+        live.options = parsed.options
+        timeout_s = triton_io.request_timeout_s(request, parsed.parameters, self._config.limits.default_timeout_s)
+        if parsed.input_ids is not None:
+            prompt_ids, prompt_text = parsed.input_ids, parsed.prompt_text
+        else:
+            prompt_ids, prompt_text = triton_io.read_tokenizer_response(triton_io.tokenizer_request(request, parsed).exec())
+        generation_request = triton_io.build_request(
+            parsed,
+            request_id=live.key,
+            prompt_ids=prompt_ids,
+            info=self._info,
+            arrival_s=live.arrival_s,
+            timeout_s=timeout_s,
+        )
+        if parsed.options.return_full_text:
+            if prompt_text is None:
+                response = triton_io.tokenizer_request(request, parsed).exec()
+                prompt_text = triton_io.read_tokenizer_response(response)[1]
+            live.prompt_prefix = prompt_text
+        if generation_request.deadline_s is not None and generation_request.deadline_s <= time.monotonic():
+            raise DeadlineExceeded(f"not started within {timeout_s:.3g} seconds")
+        live.validation_s = time.monotonic() - live.arrival_s
+        if live.cancelled:
+            raise Cancelled("ended before it was queued")
+        self._engine.submit(generation_request)
+        live.submitted = True
+        if live.cancelled:  # between the check and the submission
+            self._engine.cancel(live.key)
+
+    def _cancel_by_id(self, live: LiveRequest) -> None:
+        if not live.client_id:
+            raise InvalidParameter("`cancel` needs the id of a live request as the request's id")
+        targets = [target for target in self._responder.by_client_id(live.client_id) if target is not live]
+        if not targets:
+            raise InvalidParameter(f"`cancel`: no live request has the id {live.client_id!r}")
+        for target in targets:
+            self._on_client_gone(target)
+        self._responder.reply(live, triton_io.text_response(""))
+
+    def _fail(self, live: LiveRequest, error: EngineError) -> None:
+        if self._responder.fail(live, error):
+            self._metrics.note_failure(error)
+
+    def _answer_at_once(self, live: LiveRequest, error: EngineError) -> None:
+        triton_io.send(live.sender, triton_io.error_response(error), final=True)
+
+    # ---- the engine's and the poller's threads -----------------------------------------------------------------
+
+    def _on_report(self, report: StepReport) -> None:
+        if report.metrics is not None:
+            self._metrics.note_step(report.metrics)
+        for output in report.outputs:
+            if output.error is not None:
+                self._metrics.note_failure(output.error)
+        for live in self._responder.deliver(report):
+            self._metrics.note_success(
+                live.timings,
+                num_input=live.num_input_tokens,
+                num_output=sum(live.num_tokens.values()),
+                validation_s=live.validation_s,
+            )
+
+    def _on_client_gone(self, live: LiveRequest) -> None:
+        live.cancelled = True
+        if live.submitted:
+            self._engine.cancel(live.key)
+        else:
+            self._fail(live, Cancelled("ended before it was queued"))
+
+
+def _is_cancel(request: Any) -> bool:
+    try:
+        return triton_io.is_cancel_request(request)
+    except EngineError:
+        return False
+
+
+def _read_config(args: dict[str, str]) -> EngineConfig:
+    model_config = json.loads(args["model_config"])
+    parameters = {name: value["string_value"] for name, value in model_config.get("parameters", {}).items()}
+    return build_config(parameters, os.environ, has_gpu=_has_gpu())
+
+
+def _has_gpu() -> bool:
+    # Without importing torch: the driver's device nodes are there, and not hidden from this process.
+    return Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
