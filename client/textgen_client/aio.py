@@ -115,6 +115,7 @@ class AsyncClient:
         self._connection = Connection(url, tls, keepalive, headers or {}, channel_options or {})
         self._channel: Any = None
         self._stub: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
     async def generate(
@@ -233,7 +234,11 @@ class AsyncClient:
         """The stub; its channel is made by the first call, because a channel belongs to the loop it is made in."""
         if self._closed:
             raise ServerUnavailable(f"{self.url}: the client is closed", request_id)
+        loop = asyncio.get_running_loop()
         if self._stub is None:
+            self._loop = loop
             self._channel = self._connection.open(grpc.aio)
             self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        if loop is not self._loop:
+            raise RuntimeError("an AsyncClient belongs to the event loop in which it is first used; make another one")
         return self._stub

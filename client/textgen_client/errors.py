@@ -121,11 +121,10 @@ _TRITON_TEXTS: tuple[tuple[re.Pattern[str], type[TextgenError]], ...] = (
     (re.compile(r"unknown model: .* is not found"), ValidationError),
     (re.compile(r"unknown model: .* has no available versions|is not at ready state|is not ready"), NotReadyError),
     (re.compile(r"Stub process .* is not healthy"), NotReadyError),
-    (re.compile(r"unexpected inference input|unexpected (shape|datatype|data-type)|^\[request id: .*\] (input|expected)"),
-     ValidationError),
+    (re.compile(r"unexpected inference input|unexpected shape for input|data-type is '.*', but"), ValidationError),
     (re.compile(r"Exceeds maximum queue size"), OverloadedError),
     (re.compile(r"Request timeout expired"), RequestTimeout),
-)  # fmt: skip
+)
 
 # Triton names the request, and an ensemble itself, in front of a model's text, in either order.
 _PREAMBLE = re.compile(r"^(?:\[request id: [^\]]*\] |in ensemble '[^']*', )+")

@@ -1,0 +1,122 @@
+"""A real gRPC server that speaks Triton's protocol with scripted answers: the one seam at which the client is faked."""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+
+def response(*, final: bool = False, error: str = "", **tensors: Any) -> Any:
+    """One response of a stream; strings and lists of them become BYTES tensors, lists of ints UINT32."""
+    message = service_pb2.ModelStreamInferResponse(error_message=error)
+    message.infer_response.parameters["triton_final_response"].bool_param = final
+    for name, value in tensors.items():
+        values = [value] if isinstance(value, str) else value
+        strings = all(isinstance(item, str) for item in values)
+        tensor = message.infer_response.outputs.add(name=name, datatype="BYTES" if strings else "UINT32")
+        tensor.shape.append(len(values))
+        message.infer_response.raw_output_contents.append(
+            b"".join(struct.pack("<I", len(item.encode())) + item.encode() for item in values)
+            if strings
+            else struct.pack(f"<{len(values)}I", *values)
+        )
+    return message
+
+
+def strings_of(request: Any, name: str) -> list[str] | None:
+    """The strings of a request's input tensor, None if it has no such input."""
+    for tensor, content in zip(request.inputs, request.raw_input_contents, strict=True):
+        if tensor.name == name:
+            values, at = [], 0
+            while at < len(content):
+                (length,) = struct.unpack_from("<I", content, at)
+                values.append(content[at + 4 : at + 4 + length].decode())
+                at += 4 + length
+            return values
+    return None
+
+
+def parameters_of(request: Any) -> dict[str, Any]:
+    """What the request's sampling_parameters tensor says."""
+    raw = strings_of(request, "sampling_parameters")
+    return {} if raw is None else dict(json.loads(raw[0]))
+
+
+def flag_of(request: Any, name: str) -> bool | None:
+    """The value of a BOOL input, None if the request has no such input."""
+    for tensor, content in zip(request.inputs, request.raw_input_contents, strict=True):
+        if tensor.name == name:
+            return bool(content == b"\x01")
+    return None
+
+
+Script = Callable[[Any, "Call"], Iterator[Any]]
+
+
+@dataclass
+class Call:
+    """One request as the fake saw it. `left` is set when its client has gone."""
+
+    request: Any
+    context: grpc.ServicerContext
+    metadata: dict[str, str] = field(default_factory=dict)
+    left: threading.Event = field(default_factory=threading.Event)
+
+
+def echo(request: Any, call: Call) -> Iterator[Any]:
+    """The prompt, word by word when streaming."""
+    text = (strings_of(request, "text_input") or strings_of(request, "messages") or ["ids"])[0]
+    if not flag_of(request, "stream"):
+        yield response(
+            final=True, text_output=text, finish_reason="length", num_input_tokens=[3], num_output_tokens=[len(text)]
+        )
+        return
+    words = text.split(" ")
+    for number, word in enumerate(words):
+        last = number == len(words) - 1
+        yield response(final=last, text_output=word if last else word + " ", finish_reason="eos_token" if last else "")
+
+
+def endless(request: Any, call: Call) -> Iterator[Any]:
+    """A word, and then silence until the client leaves."""
+    yield response(text_output="word ")
+    call.left.wait(30)
+
+
+class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """Answers every stream as `script` says; ready and live as told."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.script: Script = echo
+        self.calls: list[Call] = []
+        self.model_ready = True
+
+    def ModelStreamInfer(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        for request in requests:
+            call = Call(request, context, dict(context.invocation_metadata()))
+            context.add_callback(call.left.set)
+            self.calls.append(call)
+            yield from self.script(request, call)
+
+    def ServerLive(self, request: Any, context: grpc.ServicerContext) -> Any:
+        return service_pb2.ServerLiveResponse(live=True)
+
+    def ServerReady(self, request: Any, context: grpc.ServicerContext) -> Any:
+        return service_pb2.ServerReadyResponse(ready=self.model_ready)
+
+    def ModelReady(self, request: Any, context: grpc.ServicerContext) -> Any:
+        return service_pb2.ModelReadyResponse(ready=self.model_ready and request.name == "textgen")
+
+    def RepositoryIndex(self, request: Any, context: grpc.ServicerContext) -> Any:
+        index = service_pb2.RepositoryIndexResponse()
+        index.models.add(name="textgen", version="1", state="READY")
+        index.models.add(name="broken", version="2", state="UNAVAILABLE", reason="failed to load")
+        return index
