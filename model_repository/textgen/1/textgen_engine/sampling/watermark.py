@@ -11,6 +11,7 @@ permutation. The expected share of green tokens, and so the z-score, is the same
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -53,7 +54,7 @@ def z_score(token_ids: Sequence[int], gamma: float) -> float:
     Counts each distinct (previous, token) pair once, as the paper advises: a repeated pair is no new evidence.
     Returns 0.0 for fewer than two tokens.
     """
-    pairs = set(zip(token_ids, token_ids[1:], strict=False))
+    pairs = set(itertools.pairwise(token_ids))
     if not pairs:
         return 0.0
     num_green = sum(is_green(previous, token, gamma) for previous, token in pairs)
