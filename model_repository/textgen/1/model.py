@@ -22,6 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import triton_io
 import triton_python_backend_utils as pb_utils
+from triton_metrics import MetricsPublisher
+from triton_responder import LiveRequest, Responder
+
 from textgen_engine.config import EngineConfig, build_config
 from textgen_engine.errors import (
     Cancelled,
@@ -37,8 +40,6 @@ from textgen_engine.errors import (
 from textgen_engine.messages import StepReport
 from textgen_engine.parameters import ParameterLimits
 from textgen_engine.process import EngineClient, EngineState
-from triton_metrics import MetricsPublisher
-from triton_responder import LiveRequest, Responder
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,6 @@ class TritonPythonModel:
             else:
                 self._responder.add(live)
                 self._admission.submit(self._admit, live, request)
-        return None
 
     def finalize(self) -> None:
         """Let live requests end, then end the engine and the threads."""
@@ -133,7 +133,8 @@ class TritonPythonModel:
         if parsed.input_ids is not None:
             prompt_ids, prompt_text = parsed.input_ids, parsed.prompt_text
         else:
-            prompt_ids, prompt_text = triton_io.read_tokenizer_response(triton_io.tokenizer_request(request, parsed).exec())
+            response = triton_io.tokenizer_request(request, parsed).exec()
+            prompt_ids, prompt_text = triton_io.read_tokenizer_response(response)
         generation_request = triton_io.build_request(
             parsed,
             request_id=live.key,

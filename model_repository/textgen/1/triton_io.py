@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+
 from textgen_engine.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -38,9 +39,6 @@ _FLAGS = (
 
 # Request parameters that belong to Triton or its clients and say nothing about generation.
 _FOREIGN_PARAMETERS = frozenset({"sequence_id", "sequence_start", "sequence_end", "binary_data_output"})
-
-# Parameters that the tokenizer model reads out of the sampling parameters.
-_TOKENIZER_TENSORS = ("text_input", "messages", "sampling_parameters")
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,10 @@ def parse_request(request: Any, *, limits: ParameterLimits, vocab_size: int) -> 
     full_text = parameters.return_full_text
     if flags["exclude_input_in_output"] is not None:
         wanted = not flags["exclude_input_in_output"]
-        if "return_full_text" in given_parameters and wanted != full_text:
-            raise InvalidParameter("`exclude_input_in_output` contradicts `return_full_text`")
+        if full_text and not wanted:
+            raise InvalidParameter(
+                "`exclude_input_in_output` and `return_full_text` exclude each other; both given: true"
+            )
         full_text = wanted
     options = ResponseOptions(
         stream=stream,
@@ -114,9 +114,11 @@ def parse_request(request: Any, *, limits: ParameterLimits, vocab_size: int) -> 
         num_input_tokens=flags["return_num_input_tokens"] or False,
         num_output_tokens=flags["return_num_output_tokens"] or False,
         logprobs=flags["return_logprobs"] or False,
-        details=parameters.details or parameters.output.prompt_logprobs,
+        details=parameters.details or parameters.decoder_input_details,
         num_choices=parameters.n,
     )
+    if options.logprobs:
+        parameters = replace(parameters, output=replace(parameters.output, logprobs=True))
     return ParsedRequest(
         prompt_form=given[0],
         input_ids=_input_ids(request) if given[0] == "input_ids" else None,
@@ -190,6 +192,7 @@ def build_request(
         output=parameters.output,
         n=parameters.n,
         best_of=parameters.best_of,
+        bad_words=parameters.bad_words,
         stream=parsed.options.stream,
         priority=parameters.priority,
         arrival_s=arrival_s,
@@ -213,7 +216,7 @@ def _given_parameters(request: Any) -> dict[str, Any]:
         try:
             given = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise InvalidParameter(f"`sampling_parameters` must be a JSON object; given text is no JSON: {error}") from None
+            raise InvalidParameter(f"`sampling_parameters` must be a JSON object; given: no JSON ({error})") from None
         if not isinstance(given, dict):
             raise InvalidParameter.for_value("sampling_parameters", given, "a JSON object")
     scalars = json.loads(request.parameters() or "{}")
@@ -222,8 +225,8 @@ def _given_parameters(request: Any) -> dict[str, Any]:
             continue
         if name in given and given[name] != value:
             raise InvalidParameter(
-                f"`{name}` is given twice with different values: {given[name]!r} in sampling_parameters, {value!r} as a "
-                f"request parameter"
+                f"`{name}` is given twice with different values: {given[name]!r} in sampling_parameters, "
+                f"{value!r} as a request parameter"
             )
         given[name] = value
     stop = _strings(request, "stop")
@@ -236,9 +239,11 @@ def _given_parameters(request: Any) -> dict[str, Any]:
 
 def _refuse_unsupported(parameters: RequestParameters) -> None:
     """Parameters of the contract whose feature this version does not have are refused, never ignored."""
-    for name in ("grammar", "response_format", "adapter_id"):
-        if getattr(parameters, name, None) is not None:
+    for name in ("grammar", "response_format", "adapter_id", "guideline"):
+        if getattr(parameters, name) is not None:
             raise Unsupported(f"`{name}` is not supported by this version")
+    if parameters.tools and parameters.tool_choice not in (None, "auto", "none"):
+        raise Unsupported(f"`tool_choice` {parameters.tool_choice!r} is not supported by this version")
 
 
 def _flag(request: Any, name: str) -> bool | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
+
 from textgen_engine.errors import EngineError
 from textgen_engine.messages import EngineInfo
 from textgen_engine.metrics import EngineGauges, StepMetrics

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import triton_io
+
 from textgen_engine.config import TransportConfig
 from textgen_engine.errors import EngineError, EngineFailure
 from textgen_engine.messages import StepReport

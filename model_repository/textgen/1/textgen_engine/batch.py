@@ -49,10 +49,10 @@ def build_inputs(batch: ScheduledBatch, cache: KVCache, device: torch.device) ->
     block_tables = [
         (entry.sequence.block_table + [0] * max_blocks)[:max_blocks] for entry in entries
     ]  # padding is never read: seq_lens bounds every access
-    sampled = [(entry, row) for entry, row in zip(entries, last_row) if entry.is_last]
+    sampled = [(entry, row) for entry, row in zip(entries, last_row, strict=True) if entry.is_last]
     scored = [
         (entry, row)
-        for entry, row in zip(entries, last_row)
+        for entry, row in zip(entries, last_row, strict=True)
         if entry.sequence.request.output.prompt_logprobs and entry.start < entry.sequence.num_prompt_tokens
     ]
     rows = [row for _, row in sampled]

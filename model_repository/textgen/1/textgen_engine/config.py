@@ -17,7 +17,7 @@ from textgen_engine.errors import ConfigError
 
 @dataclass(frozen=True)
 class Option:
-    """One option. `minimum` and `maximum` are inclusive; `choices` bounds a string. A default of None means: derived."""
+    """One option. `minimum` and `maximum` are inclusive; `choices` bounds a string; a default of None is derived."""
 
     name: str
     type: type
@@ -85,33 +85,77 @@ OPTIONS: tuple[Option, ...] = (
     _tgi("max_top_n_tokens", int, 5, "largest top_n_tokens", minimum=0),
     _tgi("max_input_tokens", int, None, "longest prompt, in tokens; default: max_total_tokens - 1", minimum=1),
     _tgi("max_input_length", int, None, "older name of max_input_tokens", minimum=1),
-    _tgi("max_total_tokens", int, None, "prompt plus new tokens; default: the model's and the KV cache's limit", minimum=2),
+    _tgi(
+        "max_total_tokens",
+        int,
+        None,
+        "prompt plus new tokens; default: the model's and the KV cache's limit",
+        minimum=2,
+    ),
     _tgi("enable_prefill_logprobs", bool, True, "allow decoder_input_details (log-probabilities of the prompt)"),
-    _own("default_timeout_s", float, None, "deadline of requests that set none, in seconds; default: none", minimum=0.001),
+    _own(
+        "default_timeout_s", float, None, "deadline of requests that set none, in seconds; default: none", minimum=0.001
+    ),
     # Admission and scheduling.
-    _tgi("max_concurrent_requests", int, 128, "requests admitted at once; one more is answered `overloaded`", minimum=1),
+    _tgi(
+        "max_concurrent_requests", int, 128, "requests admitted at once; one more is answered `overloaded`", minimum=1
+    ),
     _tgi("max_batch_size", int, 256, "sequences that run in one step", minimum=1),
-    _tgi("max_batch_prefill_tokens", int, None, "token budget of one step; default: 512 on CPU, 4096 on GPU", minimum=16),
+    _tgi(
+        "max_batch_prefill_tokens", int, None, "token budget of one step; default: 512 on CPU, 4096 on GPU", minimum=16
+    ),
     _tgi("max_batch_total_tokens", int, None, "size of the KV cache in tokens; default: from free memory", minimum=16),
-    _tgi("cuda_memory_fraction", float, 0.9, "share of free device memory for weights and KV cache", minimum=0.05, maximum=1),
+    _tgi(
+        "cuda_memory_fraction",
+        float,
+        0.9,
+        "share of free device memory for weights and KV cache",
+        minimum=0.05,
+        maximum=1,
+    ),
     _tgi("prefix_caching", bool, True, "share KV blocks between requests with a common prefix"),
     _own("block_size", int, 16, "tokens in one KV block", minimum=1, maximum=1024),
     _own("max_kv_cache_gib", float, 2.0, "upper bound of a KV cache sized from free memory, on the CPU", minimum=0.01),
     _own("priority_ageing_s", float, 10.0, "seconds of waiting that are worth one level of priority", minimum=0.001),
     _own("num_threads", int, None, "CPU threads of the engine; default: all cores", minimum=1),
     # Transport.
-    _own("gather_streams", int, 8, "with more live streams than this, tokens are gathered before they are sent", minimum=0),
+    _own(
+        "gather_streams",
+        int,
+        8,
+        "with more live streams than this, tokens are gathered before they are sent",
+        minimum=0,
+    ),
     _own("gather_tokens", int, 4, "most tokens gathered into one response", minimum=1),
     _own("gather_ms", float, 20.0, "longest wait for gathered tokens, in milliseconds", minimum=0),
-    _own("keep_alive_s", float, 0.0, "empty response after so many silent seconds of a stream (finds dead HTTP clients); 0: off", minimum=0),
+    _own(
+        "keep_alive_s",
+        float,
+        0.0,
+        "empty response after so many silent seconds of a stream (finds dead HTTP clients); 0: off",
+        minimum=0,
+    ),
     # Sampling and watermark.
-    _tgi("watermark_gamma", float, 0.5, "share of the vocabulary on the watermark's green list", minimum=0.01, maximum=0.99),
+    _tgi(
+        "watermark_gamma",
+        float,
+        0.5,
+        "share of the vocabulary on the watermark's green list",
+        minimum=0.01,
+        maximum=0.99,
+    ),
     _tgi("watermark_delta", float, 2.0, "bias of the green list", minimum=0),
     # Engine process.
     _own("max_engine_restarts", int, 5, "restarts within ten minutes after which the model stays not ready", minimum=0),
-    _own("engine_hang_timeout_s", float, 120.0, "a step that takes longer counts as a hang: the engine is restarted", minimum=1),
+    _own(
+        "engine_hang_timeout_s",
+        float,
+        120.0,
+        "a step that takes longer counts as a hang: the engine is restarted",
+        minimum=1,
+    ),
     _tgi("log_level", str, "info", "what is logged", choices=("debug", "info", "warning", "error")),
-)  # fmt: skip
+)
 
 # Options of TGI's launcher that mean something here but that this version cannot honour: name -> harmless values.
 UNSUPPORTED_OPTIONS: Mapping[str, tuple[str, ...]] = {

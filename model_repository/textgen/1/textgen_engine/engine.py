@@ -110,6 +110,7 @@ class Engine:
             watermark_gamma=config.watermark.gamma,
             watermark_delta=config.watermark.delta,
         )
+        self._tokenizer = loaded.tokenizer
         self._detokenizer = Detokenizer(loaded.tokenizer)
         self._emit = emit
         self._live: dict[str, _LiveRequest] = {}
@@ -254,7 +255,7 @@ class Engine:
         now_s = time.monotonic()
         token_ids = launched.tokens.token_ids.tolist()
         reader = _ScoreReader(launched.tokens)
-        for row, (sequence, token_id) in enumerate(zip(launched.sequences, token_ids)):
+        for row, (sequence, token_id) in enumerate(zip(launched.sequences, token_ids, strict=True)):
             choice = self._choice_of[sequence]
             choice.sum_logprob += reader.logprob(row) or 0.0
             output = self._accept_token(choice, token_id, reader, row)
@@ -329,6 +330,8 @@ class Engine:
         with self._wake:
             arrivals, self._arrivals = self._arrivals, deque()
         for request in arrivals:
+            if request.bad_words:
+                request = self._with_bad_word_ids(request)
             room = self.info.max_total_tokens - len(request.prompt_token_ids)
             wanted = request.stopping.max_new_tokens
             live = _LiveRequest(request, Timings(request.arrival_s), room if wanted is None else min(wanted, room))
@@ -336,6 +339,13 @@ class Engine:
             sequence = Sequence(request)
             self._add_choice(live, sequence)
             self._scheduler.add(sequence)
+
+    def _with_bad_word_ids(self, request: GenerationRequest) -> GenerationRequest:
+        """A word inside a text has other ids than one at its beginning: both forms are banned."""
+        forms = [form for word in request.bad_words for form in (word, f" {word.lstrip()}")]
+        ids = {tuple(self._tokenizer.encode(form, add_special_tokens=False)) for form in forms}
+        words = (*request.sampling.bad_words, *sorted(word for word in ids if word))
+        return replace(request, bad_words=(), sampling=replace(request.sampling, bad_words=words))
 
     def _take_cancellations(self, report: StepReport) -> None:
         with self._wake:
@@ -360,9 +370,7 @@ class Engine:
             else:
                 assert request.deadline_s is not None
                 allowed_s = request.deadline_s - request.arrival_s
-                self._fail(
-                    request.request_id, DeadlineExceeded(f"not complete within {allowed_s:.3g} seconds"), report
-                )
+                self._fail(request.request_id, DeadlineExceeded(f"not complete within {allowed_s:.3g} seconds"), report)
 
     def _fail(self, request_id: str, error: EngineError, report: StepReport) -> None:
         """End a request with an error; does nothing when it has ended already."""
@@ -497,7 +505,7 @@ class _ScoreReader:
     def top(self, row: int, num: int) -> list[tuple[int, float]]:
         if not num or self._top_ids is None or self._top_logprobs is None:
             return []
-        return list(zip(self._top_ids[row][:num], self._top_logprobs[row][:num]))
+        return list(zip(self._top_ids[row][:num], self._top_logprobs[row][:num], strict=True))
 
 
 def _ranked_outputs(choices: list[_Choice]) -> list[TokenOutput]:

@@ -1,4 +1,4 @@
-"""What the engine tells whoever runs it: the facts of the loaded model, and one report per step. No torch, no Triton."""
+"""What the engine tells whoever runs it: the facts of the loaded model, and one report per step."""
 
 from __future__ import annotations
 

@@ -60,6 +60,7 @@ class GenerationRequest:
 
     request_id: unique within the server's life (the client's own id is the adapter's business).
     arrival_s, deadline_s: `time.monotonic()` seconds, which Linux shares between processes.
+    bad_words: strings that must not come up; the engine adds their ids to those of sampling.bad_words.
     priority: larger is sooner; 0 is the default.
     n: number of choices that share one prefill. best_of: candidates generated, of which the best `n` are reported.
     stream: past its deadline a streaming request ends with what it has, another fails.
@@ -73,6 +74,7 @@ class GenerationRequest:
     output: OutputParams = field(default_factory=OutputParams)
     n: int = 1
     best_of: int = 1
+    bad_words: tuple[str, ...] = ()
     stream: bool = False
     priority: int = 0
     arrival_s: float = 0.0
