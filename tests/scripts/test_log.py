@@ -1,0 +1,59 @@
+"""textgen_serve/log.py: which line of a server's log explains a failure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from textgen_serve.log import LogFollower, parse_line
+
+ERROR = "E1121 12:00:00.123456 345 model_lifecycle.cc:654] "
+
+
+def _reason(tmp_path: Path, *lines: str) -> str | None:
+    log = LogFollower(tmp_path / "log")
+    log.path.write_text("".join(f"{line}\n" for line in lines))
+    log.read()
+    return log.reason()
+
+
+def test_our_fatal_line_explains_best(tmp_path: Path) -> None:
+    reason = _reason(
+        tmp_path,
+        ERROR + "\"failed to load 'textgen' version 1: Internal: a traceback\"",
+        "textgen: fatal: MODEL_ID is not set",
+        "error: creating server: Internal - failed to load all models",
+    )
+    assert reason == "MODEL_ID is not set"
+
+
+def test_a_model_explains_better_than_the_server(tmp_path: Path) -> None:
+    reason = _reason(
+        tmp_path,
+        ERROR + '"CudaDriverHelper has not been initialized."',
+        "error: creating server: Internal - failed to load all models",
+        ERROR + "\"failed to load 'textgen' version 1: Invalid argument: unknown field\"",
+    )
+    assert reason == "Invalid argument: unknown field"
+
+
+def test_errors_that_explain_nothing(tmp_path: Path) -> None:
+    assert _reason(tmp_path, ERROR + '"CudaDriverHelper has not been initialized."') is None
+
+
+def test_stages() -> None:
+    triton = "I1121 12:00:00.123456 345 model_lifecycle.cc:472] "
+    assert parse_line(triton + '"loading: textgen:1"').stage == "loading textgen"
+    assert parse_line(triton + "\"successfully loaded 'tokenizer'\"").stage == "tokenizer loaded"
+    assert parse_line("textgen: 61 of 121 weights").stage == "61 of 121 weights"
+    assert parse_line("anything else").stage is None
+
+
+def test_a_line_that_is_still_being_written_waits(tmp_path: Path) -> None:
+    log = LogFollower(tmp_path / "log")
+    assert log.read() == []
+    with log.path.open("a") as file:
+        file.write("textgen: hal")
+        file.flush()
+        assert log.read() == []
+        file.write("f\n")
+    assert [line.text for line in log.read()] == ["half"]
