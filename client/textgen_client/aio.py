@@ -153,9 +153,9 @@ class AsyncClient:
         parameters = {**wire.STREAM_DEFAULTS, **parameters}
         return self._start(asked, True, model, request_id, timeout, headers, parameters)
 
-    async def cancel(self, request_id: str, *, model: str | None = None, timeout: float = 5.0) -> None:
+    async def cancel(self, request_id: str, *, timeout: float = 5.0) -> None:
         """End the live request with this id; see `Client.cancel`."""
-        request = wire.cancel_request(model or self.model, request_id)
+        request = wire.cancel_request(request_id)
         async with self._open(request, request_id, timeout, None) as stream:
             async for _ in stream:
                 pass

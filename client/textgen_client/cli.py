@@ -161,13 +161,12 @@ def health(
 def cancel(
     request_id: Annotated[str, typer.Argument(help="The id the request was sent with.")],
     url: Url = DEFAULT_URL,
-    model: Model = DEFAULT_MODEL,
     tls: UseTls = False,
     tls_ca: TlsCa = None,
     header: Headers = None,
 ) -> None:
     """End a live request."""
-    with _client(url, model, tls, tls_ca, header) as client:
+    with _client(url, DEFAULT_MODEL, tls, tls_ca, header) as client:
         client.cancel(request_id)
     _print(f"cancelled {request_id}\n")
 

@@ -146,12 +146,12 @@ class Client:
         parameters = {**wire.STREAM_DEFAULTS, **parameters}
         return self._start(asked, True, model, request_id, timeout, headers, parameters)
 
-    def cancel(self, request_id: str, *, model: str | None = None, timeout: float = 5.0) -> None:
-        """End the live request with this id, whoever started it; its own client gets RequestCancelled.
+    def cancel(self, request_id: str, *, timeout: float = 5.0) -> None:
+        """End the live request with this id, whoever started it, through whichever model; its client is told so.
 
         Raises ValidationError where the server knows no such request.
         """
-        request = wire.cancel_request(model or self.model, request_id)
+        request = wire.cancel_request(request_id)
         with self._open(request, request_id, timeout, None) as stream:
             for _ in stream:
                 pass

@@ -9,8 +9,8 @@ PROBE_PROMPT = "Hello"
 
 
 def probe_parameters() -> dict[str, Any]:
-    """Of the one-token request that `health()` makes."""
-    return {"max_new_tokens": 1}
+    """Of the one-token request. It goes before all that waits: a full server is not a dead one."""
+    return {"max_new_tokens": 1, "priority": 100}
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 from tritonclient.grpc import InferResult, service_pb2
 
+from textgen_client.channel import DEFAULT_MODEL
 from textgen_client.errors import GenerationError, ValidationError, error_from_text
 from textgen_client.results import Choice, Chunk, Generation
 
@@ -81,9 +82,12 @@ def generate_request(
     return request
 
 
-def cancel_request(model: str, request_id: str) -> Any:
-    """The `ModelInferRequest` that ends the live request with this id."""
-    request = _request(model, request_id)
+def cancel_request(request_id: str) -> Any:
+    """The `ModelInferRequest` that ends the live request with this id.
+
+    It goes to the generator itself: the ensemble has no `cancel`, and its steps carry the ids of its requests.
+    """
+    request = _request(DEFAULT_MODEL, request_id)
     _add_flag(request, "cancel", True)
     return request
 

@@ -216,9 +216,10 @@ def test_one_client_serves_many_threads(client: Client) -> None:
 
 def test_cancel_sends_the_id(triton: FakeTriton, client: Client) -> None:
     triton.script = lambda request, call: iter([response(final=True)])
+    client.model = "ensemble"  # which has no such input
     client.cancel("theirs")
     request = triton.calls[-1].request
-    assert (request.id, flag_of(request, "cancel")) == ("theirs", True)
+    assert (request.model_name, request.id, flag_of(request, "cancel")) == ("textgen", "theirs", True)
 
 
 def test_models(client: Client) -> None:
