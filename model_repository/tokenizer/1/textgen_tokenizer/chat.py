@@ -126,10 +126,10 @@ def _message(message: Json, where: str) -> dict[str, Json]:
         content = "".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
     elif content is not None and not isinstance(content, str):
         raise InvalidParameter.for_value(f"{where}.content", content, "a string or a list of parts")
-    message = {**message, "content": content}
+    checked: dict[str, Json] = {**message, "content": content}
     if message.get("tool_calls"):
-        message["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
-    return message
+        checked["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
+    return checked
 
 
 def _part(part: Json, where: str) -> str:
