@@ -39,12 +39,14 @@ _ANY_TOKEN = -2  # in a phrase: this place may hold anything
 class _SlotOptions:
     """What one slot asked for, in the form the plan needs. Ids outside the vocabulary are already dropped.
 
-    additions: (id, what to add to its logit, and the position from which it no longer holds).
-    phrases: bad words of two or more ids.
+    addition_ids, addition_values, addition_ends: [n], what to add to which logit, and the position from which that no
+    longer holds. phrases: bad words of two or more ids.
     """
 
     params: SamplingParams
-    additions: tuple[tuple[int, float, int], ...]
+    addition_ids: NDArray[np.int64]
+    addition_values: NDArray[np.float32]
+    addition_ends: NDArray[np.int64]
     phrases: tuple[tuple[int, ...], ...]
 
     @property
@@ -67,7 +69,11 @@ class _SlotOptions:
     def edits(self) -> bool:
         """Whether any step of this file concerns the slot."""
         return bool(
-            self.additions or self.restricts or self.tail_length or self.penalizes_repetition or self.counts_output
+            len(self.addition_ids)
+            or self.restricts
+            or self.tail_length
+            or self.penalizes_repetition
+            or self.counts_output
         )
 
 
@@ -290,26 +296,31 @@ class Penalties:
         additions += [(word[0], -np.inf, _ALWAYS) for word in params.bad_words if len(word) == 1]
         if suppressed_until > 0:
             additions += [(token_id, -np.inf, suppressed_until) for token_id in set(suppressed_ids)]
+        additions = [addition for addition in additions if 0 <= addition[0] < self._vocab_size]
         return _SlotOptions(
             params=params,
-            additions=tuple(addition for addition in additions if 0 <= addition[0] < self._vocab_size),
+            addition_ids=np.array([token_id for token_id, _, _ in additions], dtype=np.int64),
+            addition_values=np.array([value for _, value, _ in additions], dtype=np.float32),
+            addition_ends=np.array([end for _, _, end in additions], dtype=np.int64),
             phrases=tuple(
                 word for word in params.bad_words if len(word) > 1 and all(0 <= i < self._vocab_size for i in word)
             ),
         )
 
     def _plan_additions(self, options: Sequence[_SlotOptions]) -> _Additions | None:
-        entries = [(row, *addition) for row, option in enumerate(options) for addition in option.additions]
-        if not entries:
+        counts = [len(option.addition_ids) for option in options]
+        if not any(counts):
             return None
-        rows, ids, values, ends = zip(*entries, strict=True)
-        end_positions = np.array(ends, dtype=np.int64)
+        row_numbers = np.repeat(np.arange(len(options), dtype=np.int64), counts)
+        end_positions = np.concatenate([option.addition_ends for option in options])
         temporary = end_positions[end_positions != _ALWAYS]
+        ids = np.concatenate([option.addition_ids for option in options])
+        values = np.concatenate([option.addition_values for option in options])
         return _Additions(
-            rows=torch.tensor(rows, dtype=torch.int64, device=self._device),
-            ids=torch.tensor(ids, dtype=torch.int64, device=self._device),
-            values=torch.tensor(values, dtype=torch.float32, device=self._device),
-            row_numbers=np.array(rows, dtype=np.int64),
+            rows=torch.from_numpy(row_numbers).to(self._device),
+            ids=torch.from_numpy(ids).to(self._device),
+            values=torch.from_numpy(values).to(self._device),
+            row_numbers=row_numbers,
             end_positions=end_positions,
             last_end=int(temporary.max(initial=0)),
         )

@@ -13,8 +13,8 @@ and nothing of grammars but a bit mask.
   neighbours, their number, or the padding of the vocabulary.
 - The order is TGI's, with what TGI lacks placed where it does no harm: additions first, min_p last. Unlike TGI,
   reported log-probabilities are those of the model (OpenAI's and vLLM's default), before any of these steps.
-- No host synchronization, with one exception: when a row filters by top_p, typical_p or min_p without a top_k, one
-  flag is read to learn whether the 256 best candidates were enough (see filters.py).
+- No host synchronization, with one exception: when a row filters by top_p, typical_p or min_p without a top_k, the
+  rows are read back for which the 256 best candidates were not enough (see filters.py); most often there are none.
 - A row whose every token is forbidden gets token id 0, and `exhausted` says so.
 """
 
@@ -29,7 +29,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from textgen_engine.sampling import randomness
-from textgen_engine.sampling.filters import Cut, Mass, cut, largest, masses, moments, scale
+from textgen_engine.sampling.filters import (
+    Filters,
+    candidates,
+    cuts,
+    largest,
+    largest_finite,
+    needs_mass,
+    temperature_column,
+    weigh,
+)
 from textgen_engine.sampling.masks import GrammarRows, MaskApplier
 from textgen_engine.sampling.params import SamplingParams
 from textgen_engine.sampling.penalties import Penalties, PenaltyPlan
@@ -37,11 +46,10 @@ from textgen_engine.sampling.rows import RowSet
 
 __all__ = ["GrammarRows", "PromptLogprobs", "SampledTokens", "Sampler", "prompt_logprobs"]
 
-_NUM_CANDIDATES = 256  # covers nearly every nucleus; a whole sort takes over where it does not
-_MAX_CANDIDATES = 1024  # a larger top_k sorts its row
+_NUM_CANDIDATES = 256  # covers nearly every nucleus
+_MAX_TOP_K = 1024  # a larger top_k does not make every row of its batch carry that many candidates
+_MORE_CANDIDATES = 4096  # second try for the rows that need it; what is still open is sorted whole
 _NUM_FINALISTS = 8  # of the float32 race over all ids; the float64 race among them decides
-_LEAST_TEMPERATURE = 1e-6  # below it the most likely token wins anyway, and float32 would overflow
-_FLOAT32 = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +88,15 @@ class _Slot:
 
 @dataclass(frozen=True, slots=True)
 class _CutPlan:
-    """The rows with a filter. temperature: [n, 1] float64. weighed: those of them whose whole mass a filter needs."""
+    """The rows with a filter. weighed: which of them need their whole mass, counted among these rows.
+
+    widths: how many candidates to try, ever more; the last is sure to be enough.
+    """
 
     rows: RowSet
-    temperature: Tensor
-    filters: Cut
+    filters: Filters
     weighed: RowSet
-    num_candidates: int
-    certain: bool  # top_k within the candidates in every row: nothing to check afterwards
+    widths: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +235,7 @@ class Sampler:
         for row, entry in enumerate(entries):
             if not entry.params.do_sample or entry.params.top_k == 1:
                 greedy.append(row)
-            elif _filters(entry.params, self._vocab_size):
+            elif cuts(entry.params, self._vocab_size):
                 filtered.append(row)
             else:
                 free.append(row)
@@ -239,7 +248,7 @@ class Sampler:
             sampled=bool(free or filtered),
             greedy=RowSet(greedy, len(slots), self._device),
             free=RowSet(free, len(slots), self._device),
-            free_temperature=self._temperatures([entries[row].params for row in free]),
+            free_temperature=temperature_column([entries[row].params for row in free], self._device),
             cut=self._plan_cut(filtered, [entries[row].params for row in filtered], len(slots)),
             reported=RowSet(reported, len(slots), self._device),
             top_n=max((entry.top_n_tokens for entry in entries), default=0),
@@ -247,37 +256,18 @@ class Sampler:
 
     def _plan_cut(self, rows: Sequence[int], params: Sequence[SamplingParams], num_rows: int) -> _CutPlan:
         top_ks = [min(one.top_k, self._vocab_size) or self._vocab_size for one in params]
-        largest_small_k = max((k for k in top_ks if k <= _MAX_CANDIDATES), default=0)
-        num_candidates = _NUM_CANDIDATES
-        while num_candidates < largest_small_k:
-            num_candidates *= 2
-        num_candidates = min(num_candidates, self._vocab_size)
-        weighed = [
-            i for i, one in enumerate(params) if top_ks[i] == self._vocab_size and min(one.top_p, one.typical_p) < 1.0
-        ]
-        filters = Cut(
-            top_k=torch.tensor(top_ks, dtype=torch.int64, device=self._device)[:, None],
-            top_p=self._column([one.top_p for one in params]),
-            typical_p=self._column([one.typical_p for one in params]),
-            log_min_p=self._column([np.log(one.min_p) if one.min_p > 0.0 else -np.inf for one in params]),
-            any_top_p=any(one.top_p < 1.0 for one in params),
-            any_typical_p=any(one.typical_p < 1.0 for one in params),
-            any_min_p=any(one.min_p > 0.0 for one in params),
-        )
+        width = _NUM_CANDIDATES
+        while width < max((k for k in top_ks if k <= _MAX_TOP_K), default=0):
+            width *= 2
+        widths = [width] if all(k <= width for k in top_ks) else [width, _MORE_CANDIDATES, self._vocab_size]
         return _CutPlan(
             rows=RowSet(rows, num_rows, self._device),
-            temperature=self._temperatures(params),
-            filters=filters,
-            weighed=RowSet(weighed, len(params), self._device),
-            num_candidates=num_candidates,
-            certain=all(k <= num_candidates for k in top_ks),
+            filters=Filters.of(params, self._vocab_size, self._device),
+            weighed=RowSet(
+                [i for i, one in enumerate(params) if needs_mass(one, self._vocab_size)], len(params), self._device
+            ),
+            widths=tuple(sorted({min(width, self._vocab_size) for width in widths})),
         )
-
-    def _temperatures(self, params: Sequence[SamplingParams]) -> Tensor:
-        return self._column([max(one.temperature, _LEAST_TEMPERATURE) for one in params])
-
-    def _column(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=self._device)[:, None]  # [n, 1]
 
     def _choose(self, logits: Tensor, plan: _Plan, positions: NDArray[np.int64]) -> Tensor:
         """One id per row of the edited logits. -> [num_rows] int64."""
@@ -297,58 +287,33 @@ class Sampler:
 
     def _choose_free(self, logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
         """A race over the whole vocabulary: sifted in float32, decided in float64. [n, vocab] -> [n]."""
-        top = _largest_finite(logits)
+        top = largest_finite(logits)
         scores = randomness.gumbel_noise(randomness.noise_bits(self._id_hashes, keys), torch.float32)
         scores += torch.sub(logits, top).div_(temperature.to(torch.float32))
         ids = scores.topk(min(_NUM_FINALISTS, self._vocab_size), dim=-1).indices  # [n, finalists]
         scaled = (logits.gather(1, ids).to(torch.float64) - top.to(torch.float64)) / temperature
-        columns = randomness.race(scaled, self._id_hashes[ids], keys)
-        return ids.gather(1, columns[:, None])[:, 0]
+        return self._race(ids, scaled, keys)
 
     def _choose_cut(self, logits: Tensor, plan: _CutPlan, keys: Tensor) -> Tensor:
-        """A race among what the filters leave: first of the best candidates, then, where needed, of whole rows."""
-        mass = self._weigh(logits, plan)
-        token_ids, decided = self._race_candidates(
-            logits, plan.temperature, plan.filters, mass, keys, plan.num_candidates
-        )
-        if plan.certain or plan.num_candidates == self._vocab_size:
+        """A race among what the filters leave of the best candidates; of more of them for the rows that need it."""
+        mass = weigh(logits, plan.filters, plan.weighed)
+        found = candidates(logits, plan.filters, mass, plan.widths[0])
+        token_ids = self._race(found.ids, found.scaled, keys)
+        if len(plan.widths) == 1:
             return token_ids
-        open_rows = (~decided).nonzero()[:, 0]  # the one host synchronization
-        if open_rows.numel() > 0:
-            token_ids[open_rows], _ = self._race_candidates(
-                logits[open_rows],
-                plan.temperature[open_rows],
-                plan.filters.rows(open_rows),
-                Mass(mass.total[open_rows], mass.moment[open_rows]),
-                keys[open_rows],
-                self._vocab_size,
-            )
+        open_rows = (~found.decided).nonzero()[:, 0]  # the host synchronization
+        for width in plan.widths[1:]:
+            if open_rows.numel() == 0:
+                break
+            found = candidates(logits[open_rows], plan.filters.rows(open_rows), mass.rows(open_rows), width)
+            token_ids[open_rows] = self._race(found.ids, found.scaled, keys[open_rows])
+            open_rows = open_rows[~found.decided]
         return token_ids
 
-    def _race_candidates(
-        self, logits: Tensor, temperature: Tensor, filters: Cut, mass: Mass, keys: Tensor, num_candidates: int
-    ) -> tuple[Tensor, Tensor]:
-        """-> token ids [n] int64, and whether that many candidates were enough to tell, [n] bool."""
-        values, ids = largest(logits, num_candidates)  # [n, m]
-        top = values[:, :1].clamp(_FLOAT32.min, _FLOAT32.max)
-        z = scale(values, top, temperature.to(torch.float32))
-        keep, decided = cut(z, ~torch.isneginf(values), filters, mass, self._vocab_size)
-        scaled = (values.to(torch.float64) - top.to(torch.float64)) / temperature
-        columns = randomness.race(scaled.masked_fill_(~keep, -torch.inf), self._id_hashes[ids], keys)
-        return ids.gather(1, columns[:, None])[:, 0], decided
-
-    def _weigh(self, logits: Tensor, plan: _CutPlan) -> Mass:
-        """The masses of the whole rows that a filter relates to. logits: [n, vocab] -> two [n, 1]."""
-        total = torch.zeros((len(plan.rows), 1), dtype=torch.int64, device=self._device)
-        moment = torch.zeros_like(total)
-        if plan.weighed:
-            part = plan.weighed.take(logits)
-            temperature = plan.weighed.take(plan.temperature).to(torch.float32)
-            z = scale(part, _largest_finite(part), temperature)
-            total[plan.weighed.index] = masses(z).sum(-1, keepdim=True)
-            if plan.filters.any_typical_p:
-                moment[plan.weighed.index] = moments(z).sum(-1, keepdim=True)
-        return Mass(total, moment)
+    def _race(self, ids: Tensor, scaled: Tensor, keys: Tensor) -> Tensor:
+        """The winning id of each row. ids: [n, m] int64; scaled: [n, m] float64; keys: [n, 2] -> [n] int64."""
+        columns = randomness.race(scaled, self._id_hashes[ids], keys)
+        return ids.gather(1, columns[:, None])[:, 0]
 
     def _report(self, raw: Tensor, token_ids: Tensor, exhausted: Tensor | None, plan: _Plan) -> SampledTokens:
         if not plan.reported:
@@ -376,13 +341,3 @@ def prompt_logprobs(logits: Tensor, target_ids: Tensor, top_n: int) -> PromptLog
         return PromptLogprobs(chosen, None, None)
     _, top_ids = largest(logits, top_n)
     return PromptLogprobs(chosen, top_ids, logprobs.gather(1, top_ids))
-
-
-def _filters(params: SamplingParams, vocab_size: int) -> bool:
-    """Whether the request cuts anything off the vocabulary."""
-    return 0 < params.top_k < vocab_size or params.top_p < 1.0 or params.typical_p < 1.0 or params.min_p > 0.0
-
-
-def _largest_finite(logits: Tensor) -> Tensor:
-    """The largest logit of each row [n, 1], finite even where all are -inf, so that no difference becomes NaN."""
-    return logits.amax(-1, keepdim=True).clamp(_FLOAT32.min, _FLOAT32.max)
