@@ -104,6 +104,20 @@ OPTIONS: tuple[Option, ...] = (
     _tgi(
         "max_batch_prefill_tokens", int, None, "token budget of one step; default: 512 on CPU, 4096 on GPU", minimum=16
     ),
+    _tgi(
+        "waiting_served_ratio",
+        float,
+        0.0,
+        "prompts start only when at least this many times the running sequences wait; 0: at once",
+        minimum=0,
+    ),
+    _tgi(
+        "max_waiting_tokens",
+        int,
+        20,
+        "with a waiting_served_ratio: steps after which a prompt starts all the same",
+        minimum=0,
+    ),
     _tgi("max_batch_total_tokens", int, None, "size of the KV cache in tokens; default: from free memory", minimum=16),
     _tgi(
         "cuda_memory_fraction",
@@ -197,6 +211,8 @@ class SchedulerConfig:
 
     max_num_sequences: int = 256
     max_tokens_per_step: int = 512
+    waiting_served_ratio: float = 0.0
+    max_waiting_steps: int = 20
     priority_ageing_s: float = 10.0
 
 
@@ -292,6 +308,8 @@ def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, h
         scheduler=SchedulerConfig(
             max_num_sequences=values["max_batch_size"],
             max_tokens_per_step=values["max_batch_prefill_tokens"] or (4096 if has_gpu else 512),
+            waiting_served_ratio=values["waiting_served_ratio"],
+            max_waiting_steps=values["max_waiting_tokens"],
             priority_ageing_s=values["priority_ageing_s"],
         ),
         limits=LimitsConfig(

@@ -31,6 +31,7 @@ from textgen_engine.request import FinishReason, GenerationRequest, Timings, Tok
 from textgen_engine.sampling.sampler import PromptLogprobs, SampledTokens, Sampler, prompt_logprobs
 from textgen_engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
 from textgen_engine.sequence import Sequence, SequenceStatus
+from textgen_engine.warmup import measure_largest_step
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,20 @@ class Engine:
         loaded = load_model(config.model, backend)
         num_slots = config.scheduler.max_num_sequences
         longest = config.limits.max_total_tokens or loaded.max_positions
-        num_blocks = num_cache_blocks(config.cache, loaded, longest * num_slots)
+        self._sampler = Sampler(
+            vocab_size=loaded.vocab_size,
+            num_slots=num_slots,
+            device=loaded.device,
+            watermark_gamma=config.watermark.gamma,
+            watermark_delta=config.watermark.delta,
+        )
+        num_blocks = config.cache.num_blocks
+        if num_blocks is None:
+            step_bytes = measure_largest_step(loaded, backend, self._sampler, config.cache, config.scheduler)
+            num_blocks = num_cache_blocks(
+                config.cache, loaded, max_useful_tokens=longest * num_slots, step_bytes=step_bytes
+            )
+            logger.info("the largest step takes %.0f MiB; %d KV blocks", step_bytes / 2**20, num_blocks)
         self.info = _derive_info(config, loaded, num_blocks)
         cache = KVCache(
             loaded.layers,
@@ -103,13 +117,6 @@ class Engine:
         self._blocks = BlockManager(num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching)
         self._scheduler = Scheduler(config.scheduler, self._blocks)
         self._runner = ModelRunner(loaded, backend, cache)
-        self._sampler = Sampler(
-            vocab_size=loaded.vocab_size,
-            num_slots=num_slots,
-            device=loaded.device,
-            watermark_gamma=config.watermark.gamma,
-            watermark_delta=config.watermark.delta,
-        )
         self._tokenizer = loaded.tokenizer
         self._detokenizer = Detokenizer(loaded.tokenizer)
         self._emit = emit
@@ -310,7 +317,8 @@ class Engine:
             live.num_finished += 1
             live.timings.finished_s = time.monotonic()
             output.timings = replace(live.timings)
-            output.seed = live.request.sampling.seed if live.request.sampling.do_sample else None
+            sampling = live.request.sampling
+            output.seed = choice_seed(sampling.seed, sequence.choice) if sampling.do_sample else None
             self._drop_sequence(sequence)
         if not live.ranks_choices:
             report.outputs.append(output)
@@ -419,8 +427,8 @@ class Engine:
             suppressed = (*sorted(self.info.eos_token_ids), *request.stopping.stop_token_ids)
         self._sampler.add(
             sequence.slot,
-            request.sampling,
-            choice=sequence.choice,
+            replace(request.sampling, seed=choice_seed(request.sampling.seed, sequence.choice)),
+            choice=0,
             prompt_ids=request.prompt_token_ids,
             output_ids=sequence.token_ids[num_prompt:],
             suppressed_ids=suppressed,
@@ -506,6 +514,20 @@ class _ScoreReader:
         if not num or self._top_ids is None or self._top_logprobs is None:
             return []
         return list(zip(self._top_ids[row][:num], self._top_logprobs[row][:num], strict=True))
+
+
+def choice_seed(seed: int | None, choice: int) -> int | None:
+    """The seed of one of several choices: the request's own for the first, one derived from it for the others.
+
+    It is reported with the choice, and a request for a single choice with that seed repeats it. (splitmix64's
+    sequence, Steele et al. 2014.)
+    """
+    if seed is None or choice == 0:
+        return seed
+    mixed = (seed + choice * 0x9E3779B97F4A7C15) % 2**64
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+    return mixed ^ (mixed >> 31)
 
 
 def _ranked_outputs(choices: list[_Choice]) -> list[TokenOutput]:

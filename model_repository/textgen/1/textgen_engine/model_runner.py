@@ -45,17 +45,16 @@ class ModelRunner:
         return logits[: len(inputs.logits_rows)].float()
 
 
-def num_cache_blocks(config: CacheConfig, loaded: LoadedModel, max_useful_tokens: int) -> int:
-    """Blocks of the KV cache: as configured, else what fits into memory_fraction of the free memory (and, on the CPU,
-    max_cache_bytes), but no more than all sequences at their longest could fill."""
-    if config.num_blocks is not None:
-        return config.num_blocks
+def num_cache_blocks(config: CacheConfig, loaded: LoadedModel, *, max_useful_tokens: int, step_bytes: int) -> int:
+    """Blocks of the KV cache where config.num_blocks does not say: what memory_fraction of the free memory holds beside
+    a step's own step_bytes (and, on the CPU, max_cache_bytes), but no more than all sequences at their longest fill."""
     bytes_per_block = config.block_size * sum(layer.bytes_per_token(loaded.dtype) for layer in loaded.layers)
     if loaded.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(loaded.device)
-        budget = int(free - total * (1 - config.memory_fraction))
+        budget = int(free - total * (1 - config.memory_fraction)) - step_bytes
     else:
-        budget = min(int(psutil.virtual_memory().available * config.memory_fraction), config.max_cache_bytes)
+        available = int(psutil.virtual_memory().available * config.memory_fraction)
+        budget = min(available - step_bytes, config.max_cache_bytes)
     num_blocks = min(budget // bytes_per_block, -(-max_useful_tokens // config.block_size))
     if num_blocks < 2:
         raise ModelLoadError(

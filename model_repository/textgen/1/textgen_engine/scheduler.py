@@ -64,6 +64,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # most urgent first
         self._free_slots = list(range(config.max_num_sequences - 1, -1, -1))
         self.num_preemptions = 0
+        self._num_steps_without_start = 0
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that holds nothing."""
@@ -108,8 +109,9 @@ class Scheduler:
                 self._append(batch, sequence, 1)
                 budget -= 1
         budget = self._schedule_prefills(batch, budget)
-        if not batch.preempted:
+        if not batch.preempted and self._may_start_prompts():
             self._admit(batch, budget)
+        self._num_steps_without_start += 1
         return batch
 
     def advance(self, batch: ScheduledBatch) -> None:
@@ -171,6 +173,7 @@ class Scheduler:
                     return
                 num_passed_over += 1
                 continue
+            self._num_steps_without_start = 0
             self.waiting.remove(sequence)
             self._blocks.adopt_prefix(sequence, found)
             sequence.num_computed = num_found
@@ -183,6 +186,15 @@ class Scheduler:
             batch.copies += copies
             self._append(batch, sequence, chunk)
             budget -= chunk
+
+    def _may_start_prompts(self) -> bool:
+        """TGI's rule for interrupting decodes, carried over to chunks: with a waiting_served_ratio, prompts start only
+        when enough of them wait for the sequences that run, or when none has started for max_waiting_steps."""
+        config = self._config
+        return (
+            len(self.waiting) >= config.waiting_served_ratio * len(self.running)
+            or self._num_steps_without_start >= config.max_waiting_steps
+        )
 
     def _can_admit_another(self) -> bool:
         return bool(self.waiting and self._free_slots)
