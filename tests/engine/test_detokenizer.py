@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from textgen_engine.detokenizer import Detokenizer, TextStream
 from textgen_engine.request import OutputParams, StoppingParams
@@ -110,12 +110,18 @@ def _windowed_bytes() -> PreTrainedTokenizerFast:
     return _fast(tokenizer)
 
 
+def _slow() -> ByT5Tokenizer:
+    """A tokenizer written in Python, one token per byte; it drops what is no UTF-8 instead of showing U+FFFD."""
+    return ByT5Tokenizer(bos_token="<s>")
+
+
 BUILDERS = {
     "llama": _llama_like,
     "gemma": _gemma_like,
     "metaspace": _metaspace,
     "wordpiece": _wordpiece,
     "window": _windowed_bytes,
+    "slow": _slow,
 }
 _BYTE_RULED = ("smollm2", "llama", "gemma", "metaspace")
 _BYTE_FALLBACK = ("llama", "gemma")
@@ -200,7 +206,7 @@ def test_real_texts(
 
 
 def test_text_survives_the_round_trip(tokenizers: dict[str, Any], detokenizers: dict[str, Detokenizer]) -> None:
-    for name in ("smollm2", "llama", "gemma", "window"):
+    for name in ("smollm2", "llama", "gemma", "window", "slow"):
         for text in TEXTS:
             assert "".join(_run(_stream(detokenizers[name]), _encode(tokenizers[name], text))) == text, name
 

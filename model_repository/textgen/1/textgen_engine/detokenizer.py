@@ -68,6 +68,8 @@ class Detokenizer:
         added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = frozenset(tokenizer.all_special_ids) | added
         self._rule = _byte_rule(tokenizer)
+        # Fast tokenizers say None to an id they do not have; slow ones make something up, or raise.
+        self._num_ids = None if tokenizer.is_fast else 1 + max(tokenizer.get_vocab().values(), default=-1)
         self._bytes: dict[int, bytes] = {}  # filled as ids come up: most of a vocabulary never does
 
     def stream(self, *, prompt_ids: Sequence[int], stopping: StoppingParams, output: OutputParams) -> TextStream:
@@ -93,11 +95,11 @@ class Detokenizer:
     def token(self, token_id: int) -> str | None:
         """The vocabulary's entry, None for an id without one: model vocabularies are often padded beyond the
         tokenizer's."""
-        if token_id < 0:
+        if token_id < 0 or (self._num_ids is not None and token_id >= self._num_ids):
             return None
         try:
             token: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
-        except (IndexError, KeyError, OverflowError):  # what slow tokenizers and the library raise instead
+        except (IndexError, KeyError, OverflowError):  # a hole in a slow vocabulary; more than the library's 32 bits
             return None
         return token
 
@@ -376,8 +378,13 @@ class _WindowSource:
         new = _beyond(self._base, whole)
         # Tokens without text of their own cannot be context: a decoder would take what follows for a text's start.
         own_text = self._detokenizer.decode(self._pending)
-        self._context = self._pending if own_text else self._context + self._pending
-        self._base = own_text if own_text else whole
+        if own_text:
+            self._context, self._base = self._pending, own_text
+        else:
+            self._context, self._base = self._context + self._pending, whole
+            if len(self._context) > 2 * _WINDOW_CONTEXT_TOKENS:
+                self._context = self._context[-_WINDOW_CONTEXT_TOKENS:]
+                self._base = self._detokenizer.decode(self._context)
         self._pending = []
         return new
 

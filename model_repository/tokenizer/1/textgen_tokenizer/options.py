@@ -83,6 +83,8 @@ def parse_options(sampling_parameters: str | None, parameters: Mapping[str, Json
 def _merge(values: dict[str, Json], new: Mapping[str, Json]) -> None:
     for given_name, value in new.items():
         name = _ALIASES.get(given_name, given_name)
+        if value is None:  # what JSON clients send for "not given"
+            continue
         if name in values and values[name] != value:
             raise InvalidParameter(f"`{name}` is given twice, with different values: {values[name]!r} and {value!r}")
         values[name] = value
