@@ -50,6 +50,9 @@ class LiveRequest:
     validation_s: float = 0.0
     submitted: bool = False
     cancelled: bool = False
+    # Held to ask the sender about cancellation and to send the final flag: Triton frees what is asked once that flag
+    # is sent, and a question that comes later ends the whole server with SIGSEGV.
+    sender_lock: threading.Lock = field(default_factory=threading.Lock)
     # Owned by the sender from here on.
     gathered: dict[int, TokenOutput] = field(default_factory=dict)
     num_tokens: dict[int, int] = field(default_factory=dict)
@@ -239,11 +242,12 @@ class Responder:
                 return
             self._news.discard(live)
             self._changed.notify_all()
-        try:
-            triton_io.send(live.sender, response, final=True)
-        except Exception:  # a request without its final flag would hang its client for ever
-            logger.exception("the last response could not be sent; sending the final flag alone")
-            triton_io.send_final_flag(live.sender)
+        with live.sender_lock:
+            try:
+                triton_io.send(live.sender, response, final=True)
+            except Exception:  # a request without its final flag would hang its client for ever
+                logger.exception("the last response could not be sent; sending the final flag alone")
+                triton_io.send_final_flag(live.sender)
 
     # ---- the poller's thread -----------------------------------------------------------------------------------
 
@@ -257,7 +261,12 @@ class Responder:
                 live_requests = [live for live in self._live.values() if not live.cancelled and not live.is_complete]
             begun_s = time.monotonic()
             for live in live_requests:
-                if live.sender.is_cancelled():
+                if self._is_client_gone(live):
                     live.cancelled = True
                     self._on_cancelled(live)
             rest_s = max(_POLL_INTERVAL_S, (time.monotonic() - begun_s) * (1 / _POLL_SHARE - 1))
+
+    def _is_client_gone(self, live: LiveRequest) -> bool:
+        with live.sender_lock:
+            # `_finish` takes a request out of `_live` before it takes the lock.
+            return live.key in self._live and bool(live.sender.is_cancelled())
