@@ -157,7 +157,7 @@ class Scheduler:
         patience_s = self._config.priority_ageing_s
         num_passed_over = 0
         for sequence in list(self.waiting):
-            if budget <= 0 or not self._free_slots or num_passed_over > _MAX_PASSED_OVER:
+            if budget <= 0 or not self._free_slots or num_passed_over >= _MAX_PASSED_OVER:
                 return
             found = [] if sequence.request.output.prompt_logprobs else self._blocks.find_prefix(sequence)
             num_found = len(found) * self._blocks.block_size

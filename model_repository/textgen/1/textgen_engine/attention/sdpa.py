@@ -106,7 +106,10 @@ class SdpaBackend(AttentionBackend):
     ) -> torch.Tensor:
         keys, values = metadata.keys[layer], metadata.values[layer]
         keys.permute(0, 2, 1, 3).index_put_((metadata.slot_blocks, metadata.slot_offsets), key)
-        values.permute(0, 2, 1, 3).index_put_((metadata.slot_blocks, metadata.slot_offsets), value)
+        # A hidden key weighs 0, but 0 times NaN is NaN: what a request that overflowed left in its blocks would reach the
+        # next owners of those blocks, so only finite values are stored.
+        finite = torch.nan_to_num(value)
+        values.permute(0, 2, 1, 3).index_put_((metadata.slot_blocks, metadata.slot_offsets), finite)
         plan = metadata.plan
         assert isinstance(plan, _Plan)
         output = query.new_empty(query.shape[0], query.shape[1], value.shape[2])

@@ -1,0 +1,205 @@
+"""`attention/sdpa.py` against attention written out densely, one query at a time.
+
+Tolerance: float32 with sums of at most 300 terms of size 1, so 2e-5 absolute.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from textgen_engine.attention.base import AttentionFeatures, AttentionMetadata
+from textgen_engine.attention.sdpa import SdpaBackend
+from textgen_engine.errors import ModelLoadError
+
+TOLERANCE = 2e-5
+
+
+@dataclass
+class Step:
+    """A step of random content; `keys[i]` and `values[i]` [seq_len, kv_heads, dim] are what sequence i must see."""
+
+    metadata: AttentionMetadata
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+
+def make_step(
+    lengths: list[tuple[int, int]],
+    *,
+    heads: int,
+    kv_heads: int,
+    dim: int = 16,
+    value_dim: int = 16,
+    block_size: int = 4,
+    seed: int = 0,
+    stale: float = 1e4,
+) -> Step:
+    """lengths: (query_len, seq_len) of each sequence, decodes first. Whatever no sequence owns holds `stale`."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    tables = [-(-seq_len // block_size) for _, seq_len in lengths]
+    free = list(range(sum(tables) + 3))
+    rng.shuffle(free)
+    cache_keys = torch.full((len(free), kv_heads, block_size, dim), stale)
+    cache_values = torch.full((len(free), kv_heads, block_size, value_dim), stale)
+    block_tables = torch.zeros(len(lengths), max(tables), dtype=torch.int64)
+    slots: list[tuple[int, int]] = []
+    keys, values, new_keys, new_values = [], [], [], []
+    for index, (query_len, seq_len) in enumerate(lengths):
+        table = [free.pop() for _ in range(tables[index])]
+        block_tables[index, : len(table)] = torch.tensor(table)
+        key = torch.randn(seq_len, kv_heads, dim, generator=generator)
+        value = torch.randn(seq_len, kv_heads, value_dim, generator=generator)
+        for position in range(seq_len):
+            block, offset = table[position // block_size], position % block_size
+            if position < seq_len - query_len:
+                cache_keys[block, :, offset] = key[position]
+                cache_values[block, :, offset] = value[position]
+            else:
+                slots.append((block, offset))
+        keys.append(key)
+        values.append(value)
+        new_keys.append(key[seq_len - query_len :])
+        new_values.append(value[seq_len - query_len :])
+    metadata = AttentionMetadata(
+        num_decodes=sum(1 for query_len, _ in lengths if query_len == 1),
+        query_lens=[query_len for query_len, _ in lengths],
+        seq_lens=[seq_len for _, seq_len in lengths],
+        block_tables=block_tables,
+        slot_blocks=torch.tensor([block for block, _ in slots]),
+        slot_offsets=torch.tensor([offset for _, offset in slots]),
+        keys=[cache_keys],
+        values=[cache_values],
+    )
+    query = torch.randn(len(slots), heads, dim, generator=generator)
+    return Step(metadata, query, torch.cat(new_keys), torch.cat(new_values), keys, values)
+
+
+def run(step: Step, *, scale: float, sliding_window: int | None = None) -> torch.Tensor:
+    backend = SdpaBackend()
+    backend.prepare(step.metadata)
+    return backend.run(0, step.query, step.key, step.value, step.metadata, scale=scale, sliding_window=sliding_window)
+
+
+def dense(step: Step, *, scale: float, sliding_window: int | None = None) -> torch.Tensor:
+    """softmax(q k^T * scale) v in float64, one query and one head at a time."""
+    rows: list[torch.Tensor] = []
+    heads = step.query.shape[1]
+    for index, query_len in enumerate(step.metadata.query_lens):
+        key, value = step.keys[index].double(), step.values[index].double()
+        ratio = heads // key.shape[1]
+        for position in range(len(key) - query_len, len(key)):
+            first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+            query = step.query[len(rows)].double()
+            row = []
+            for head in range(heads):
+                scores = key[first : position + 1, head // ratio] @ query[head] * scale
+                row.append(torch.softmax(scores, 0) @ value[first : position + 1, head // ratio])
+            rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+MIXES = {
+    "one decode": [(1, 1)],
+    "decodes of one length": [(1, 9)] * 5,
+    "decodes in several groups": [(1, 3), (1, 300), (1, 70), (1, 5), (1, 150), (1, 299)],
+    "a whole prompt": [(13, 13)],
+    "a chunk": [(5, 40)],
+    "whole prompts and chunks": [(7, 7), (3, 20), (16, 16), (8, 8), (2, 129)],
+    "decodes and chunks": [(1, 2), (1, 200), (1, 33), (6, 6), (4, 50)],
+    "a decode of the first token beside a chunk": [(1, 1), (3, 3)],
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("sliding_window", [None, 1, 8, 1000])
+def test_equals_dense_attention(mix: str, heads: int, kv_heads: int, sliding_window: int | None) -> None:
+    step = make_step(MIXES[mix], heads=heads, kv_heads=kv_heads)
+    found = run(step, scale=0.25, sliding_window=sliding_window)
+    torch.testing.assert_close(
+        found.double(), dense(step, scale=0.25, sliding_window=sliding_window), atol=TOLERANCE, rtol=0
+    )
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_random_shapes(seed: int) -> None:
+    rng = random.Random(seed)
+    decodes = [(1, rng.choice([1, rng.randint(1, 20), rng.randint(50, 260)])) for _ in range(rng.randint(0, 6))]
+    chunks = [(length, length + rng.choice([0, rng.randint(1, 60)])) for length in rng.choices(range(2, 40), k=3)]
+    kv_heads = rng.choice([1, 2, 3])
+    step = make_step(
+        decodes + chunks[: rng.randint(0 if decodes else 1, 3)],
+        heads=kv_heads * rng.choice([1, 2, 5]),
+        kv_heads=kv_heads,
+        dim=rng.choice([8, 20]),
+        value_dim=rng.choice([8, 12]),
+        block_size=rng.choice([1, 2, 16, 64]),
+        seed=seed,
+    )
+    scale = 1 / math.sqrt(step.query.shape[2])
+    window = rng.choice([None, rng.randint(1, 50)])
+    found = run(step, scale=scale, sliding_window=window)
+    torch.testing.assert_close(found.double(), dense(step, scale=scale, sliding_window=window), atol=TOLERANCE, rtol=0)
+
+
+def test_keys_and_values_are_stored_where_the_slots_say() -> None:
+    step = make_step([(1, 6), (5, 9)], heads=2, kv_heads=1)
+    before = step.metadata.keys[0].clone()
+    run(step, scale=1.0)
+    written = {(int(b), int(o)) for b, o in zip(step.metadata.slot_blocks, step.metadata.slot_offsets, strict=True)}
+    for row, (block, offset) in enumerate(
+        zip(step.metadata.slot_blocks.tolist(), step.metadata.slot_offsets.tolist(), strict=True)
+    ):
+        assert torch.equal(step.metadata.keys[0][block, :, offset], step.key[row])
+        assert torch.equal(step.metadata.values[0][block, :, offset], step.value[row])
+    for block in range(before.shape[0]):
+        for offset in range(before.shape[2]):
+            if (block, offset) not in written:
+                assert torch.equal(step.metadata.keys[0][block, :, offset], before[block, :, offset])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_others_left_in_the_cache_reaches_nobody(bad: float) -> None:
+    """The numbers of a request that overflowed stay in its blocks; the next owner of those must not notice."""
+    lengths = [(1, 2), (1, 7), (1, 90), (1, 301), (6, 6), (4, 50)]
+    expected = run(make_step(lengths, heads=4, kv_heads=2, stale=0.0), scale=0.25)
+
+    overflowed = make_step([(1, 3), (5, 9)], heads=4, kv_heads=2)
+    overflowed.key.fill_(bad)
+    overflowed.value.fill_(bad)
+    run(overflowed, scale=0.25)
+    block, offset = int(overflowed.metadata.slot_blocks[0]), int(overflowed.metadata.slot_offsets[0])
+
+    mark = 12345.0
+    step = make_step(lengths, heads=4, kv_heads=2, stale=mark)
+    for cache, left in (
+        (step.metadata.keys[0], overflowed.metadata.keys),
+        (step.metadata.values[0], overflowed.metadata.values),
+    ):
+        cache[cache == mark] = left[0][block, 0, offset, 0]
+    assert torch.equal(run(step, scale=0.25), expected)
+
+
+def test_lengths_far_apart_do_not_pad_one_another() -> None:
+    step = make_step([(1, 3), (1, 300), (1, 200), (1, 5)], heads=2, kv_heads=2)
+    SdpaBackend().prepare(step.metadata)
+    groups = step.metadata.plan.groups  # type: ignore[attr-defined]
+    assert sorted(group.num_rows for group in groups) == [1, 1, 2]
+    for group in groups:
+        assert group.blocks.shape[1] * 4 < 2 * int(group.lengths.min()) + 64 + 4
+
+
+@pytest.mark.parametrize("feature", ["soft_cap", "sinks"])
+def test_features_it_lacks_are_refused(feature: str) -> None:
+    with pytest.raises(ModelLoadError, match="SDPA"):
+        SdpaBackend().check(AttentionFeatures(**{feature: True}))
+    SdpaBackend().check(AttentionFeatures(sliding_window=True))
