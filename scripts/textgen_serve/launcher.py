@@ -149,20 +149,22 @@ class Launcher:
         while True:
             self._look(server)
 
-    def _look(self, server: TritonServer) -> str | None:
-        """One turn of waiting: pass on the log; returns a new stage. Raises _StopRequested, ServeError (it died)."""
+    def _look(self, server: TritonServer) -> None:
+        """One turn of waiting: pass on the log. Raises _StopRequested, or ServeError when the server failed."""
         time.sleep(_POLL_S)
         if self._num_stops:
             raise _StopRequested
+        # The status first: what the server wrote before it ended is then in the log.
         ended = server.exit_status()
-        lines = self._log.read()
-        for line in lines:
+        for line in self._log.read():
             self._echo(line)
-        if ended is not None:
-            status = f"tritonserver ended {'while serving' if self._ready else 'before it was ready'} ({ended})"
-            reason = None if self._ready else self._log.reason()
-            raise ServeError(f"{reason or status}; the server's log: {self._log_file}")
-        return next((line.stage for line in reversed(lines) if line.stage), None)
+        if self._ready:
+            if ended is not None:
+                raise ServeError(f"tritonserver ended while serving ({ended}); the server's log: {self._log_file}")
+        elif self._log.fatal is not None or ended is not None:
+            # After a fatal line Triton still loads the other models before it gives up; nobody needs to wait for that.
+            reason = self._log.reason or f"tritonserver ended before it was ready ({ended})"
+            raise ServeError(f"{reason}; the server's log: {self._log_file}")
 
     def _echo(self, line: LogLine) -> None:
         if self._launch.verbose:
@@ -174,12 +176,14 @@ class Launcher:
         host = _reachable(self._launch.host)
         with self._terminal.progress(f"starting {model}") as progress:
             while not probe.is_ready(host, ports.http):
-                progress.update(self._look(server))
+                self._look(server)
+                progress.update(self._log.stage)
             progress.update("first request")
             # Loaded is not yet answering: the promise of being ready is that the next request succeeds.
             first = _Background(lambda: probe.answer_one_token(host, ports.http, _ANSWER_S))
             while not first.done:
-                progress.update(self._look(server))
+                self._look(server)
+                progress.update("first request")
             elapsed_s = progress.elapsed_s
         if first.error is not None:
             raise ServeError(f"the server loaded, but a first request failed: {first.error}")
@@ -191,6 +195,7 @@ class Launcher:
         say(f"  HTTP     http://{host}:{ports.http}")
         say(f"  gRPC     {host}:{ports.grpc}")
         say(f"  metrics  http://{host}:{ports.metrics}/metrics")
+        say(f"  log      {self._log_file}")
         say("try it:")
         say(
             f"  curl -N http://{host}:{ports.http}/v2/models/{probe.MODEL}/generate_stream "
@@ -205,6 +210,8 @@ class Launcher:
 
         def show() -> None:
             for piece in probe.stream_chat(host, ports.http, _DEMO_QUESTION, max_new_tokens=96, timeout_s=_ANSWER_S):
+                if self._num_stops:
+                    break  # leaving the stream closes the connection, which cancels the request
                 self._terminal.piece(piece)
 
         answer = _Background(show)

@@ -1,7 +1,8 @@
 """Reads a server's log file as it grows: the stage of loading, warnings, and the reason of a failure.
 
-Two kinds of lines matter: Triton's own (`I1121 12:00:00.123 345 file.cc:12] "text"`) and those of our models, which
-carry `textgen: `, and `textgen: fatal: ` for the one reason why a model cannot be loaded.
+Two kinds of lines matter: Triton's own (`I1121 12:00:00.123 345 file.cc:12] "text"`) and those of our models
+(`textgen: WARNING text`, `textgen engine: INFO text`), of which `textgen: fatal: text` gives the one reason why a model
+cannot be loaded.
 """
 
 from __future__ import annotations
@@ -10,39 +11,47 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+Severity = Literal["I", "W", "E", "F", ""]
 
 _TRITON = re.compile(r"^(?P<level>[IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ \d+ [^\]]*\] (?P<text>.*)$")
-_OURS = re.compile(r"textgen: (?P<text>.*?)\"?$")
-_FATAL = "fatal: "
+_OURS = re.compile(r"textgen(?: engine)?: (?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL|fatal:) )?(?P<text>.*?)\"?$")
+_SEVERITIES: dict[str | None, Severity] = {
+    "DEBUG": "I", "INFO": "I", "WARNING": "W", "ERROR": "E", "CRITICAL": "E", "fatal:": "F", None: "I",
+    "I": "I", "W": "W", "E": "E", "F": "E",
+}  # fmt: skip
+_LOADING = re.compile(r"loading: (\w+):")
+_LOADED = re.compile(r"successfully loaded '(\w+)'")
+# What explains a failure, from best to worst, when no model of ours gave a reason.
 _CAUSES = (
-    re.compile(r"failed to load '(?P<model>\w+)' version \d+: (?P<text>.*)"),
+    re.compile(r"failed to load '\w+' version \d+: (?P<text>.*)"),
     re.compile(r"error: creating server: (?P<text>.*)"),
     re.compile(r"(?P<text>Failed to start \w+.*)"),
-)
-_STAGES = (
-    (re.compile(r"loading: (\w+):"), "loading {}"),
-    (re.compile(r"successfully loaded '(\w+)'"), "{} loaded"),
 )
 
 
 @dataclass(frozen=True)
 class LogLine:
-    """One line. severity: Triton's letter, "F" for a fatal line of ours, "" for anything else a process printed."""
+    """One line. severity: info, warning, error, fatal (a reason of ours), or "" for anything else a process printed."""
 
-    severity: str
+    severity: Severity
     text: str
-    stage: str | None = None
+    ours: bool = False
 
 
-@dataclass
 class LogFollower:
-    """Reads what was appended since the last call. Remembers why a model, or the server, could not be loaded."""
+    """Reads what was appended since the last call, and remembers what loads and why something could not be loaded."""
 
-    path: Path
-    _reason: str | None = None
-    _reason_rank: int = len(_CAUSES) + 1
-    _offset: int = 0
-    _partial: bytes = b""
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fatal: str | None = None
+        self._loading: list[str] = []
+        self._note = ""
+        self._cause: str | None = None
+        self._cause_rank = len(_CAUSES)
+        self._offset = 0
+        self._partial = b""
 
     def read(self) -> list[LogLine]:
         """The complete lines appended since the last call."""
@@ -56,47 +65,47 @@ class LogFollower:
         *complete, self._partial = (self._partial + appended).split(b"\n")
         lines = [parse_line(raw.decode(errors="replace")) for raw in complete]
         for line in lines:
-            self._remember_cause(line)
+            self._remember(line)
         return lines
 
     def skip_to_end(self) -> None:
         """Forget what an earlier server wrote into the same file."""
         self._offset = os.path.getsize(self.path) if self.path.exists() else 0
 
+    @property
+    def stage(self) -> str:
+        """What loads at the moment, and the last thing a model of ours said about it."""
+        loading = f"loading {', '.join(self._loading)}" if self._loading else ""
+        return ": ".join(filter(None, (loading, self._note)))
+
+    @property
     def reason(self) -> str | None:
         """Why loading failed, in one line: our own fatal line, else Triton's error about the model or the server."""
-        return self._reason
+        return self.fatal or self._cause
 
-    def _remember_cause(self, line: LogLine) -> None:
-        rank, text = _cause(line)
-        # The first line of the best kind counts: summaries and consequences follow it.
-        if rank < self._reason_rank:
-            self._reason, self._reason_rank = text, rank
-
-
-def _cause(line: LogLine) -> tuple[int, str]:
-    """How well a line explains a failure (0 is best; beyond the last kind: not at all), and the explanation."""
-    if line.severity == "F":
-        return 0, line.text
-    for rank, pattern in enumerate(_CAUSES, start=1):
-        match = pattern.search(line.text)
-        if match:
-            return rank, match["text"][:300]
-    return len(_CAUSES) + 1, ""
+    def _remember(self, line: LogLine) -> None:
+        if line.severity == "F":
+            # The first reason counts: others are often its consequences.
+            self.fatal = self.fatal or line.text
+        elif line.ours:
+            self._note = line.text
+        elif match := _LOADING.search(line.text):
+            self._loading.append(match[1])
+        elif match := _LOADED.search(line.text):
+            self._loading = [name for name in self._loading if name != match[1]]
+            self._note = self._note if self._loading else ""
+        else:
+            for rank, pattern in enumerate(_CAUSES[: self._cause_rank]):
+                if match := pattern.search(line.text):
+                    self._cause, self._cause_rank = match["text"][:300], rank
+                    break
 
 
 def parse_line(line: str) -> LogLine:
-    """Classify one line of the log."""
+    """Classify one line of the log. Text in quotation marks, as Triton logs it, is freed of them."""
     triton = _TRITON.match(line)
-    severity, text = (triton["level"], triton["text"].strip('"')) if triton else ("", line)
+    text = triton["text"].strip('"') if triton else line
     ours = _OURS.search(text)
     if ours:
-        text = ours["text"]
-        if text.startswith(_FATAL):
-            return LogLine("F", text.removeprefix(_FATAL))
-        return LogLine(severity, text, stage=text)
-    for pattern, stage in _STAGES:
-        match = pattern.search(text)
-        if match:
-            return LogLine(severity, text, stage=stage.format(match[1]))
-    return LogLine(severity, text)
+        return LogLine(_SEVERITIES[ours["level"]], ours["text"], ours=True)
+    return LogLine(_SEVERITIES[triton["level"]] if triton else "", text)

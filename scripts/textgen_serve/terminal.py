@@ -72,10 +72,10 @@ class Progress:
         """Seconds since it was made."""
         return time.monotonic() - self._started
 
-    def update(self, stage: str | None) -> None:
-        """Call it often; `stage` None keeps the last one."""
-        changed = stage is not None and stage != self._stage
-        self._stage = stage or self._stage
+    def update(self, stage: str) -> None:
+        """Call it often."""
+        changed = stage != self._stage
+        self._stage = stage
         if self._status is not None:
             self._status.update(f"{escape(self._title)}  {self.elapsed_s:.0f} s  {escape(self._stage)}")
         elif changed or self.elapsed_s >= self._next_line_s:

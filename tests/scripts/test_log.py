@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from textgen_serve.log import LogFollower, parse_line
+from textgen_serve.log import LogFollower, LogLine, parse_line
 
 ERROR = "E1121 12:00:00.123456 345 model_lifecycle.cc:654] "
 
@@ -13,7 +13,7 @@ def _reason(tmp_path: Path, *lines: str) -> str | None:
     log = LogFollower(tmp_path / "log")
     log.path.write_text("".join(f"{line}\n" for line in lines))
     log.read()
-    return log.reason()
+    return log.reason
 
 
 def test_our_fatal_line_explains_best(tmp_path: Path) -> None:
@@ -40,12 +40,36 @@ def test_errors_that_explain_nothing(tmp_path: Path) -> None:
     assert _reason(tmp_path, ERROR + '"CudaDriverHelper has not been initialized."') is None
 
 
-def test_stages() -> None:
+def test_stage_names_what_still_loads(tmp_path: Path) -> None:
     triton = "I1121 12:00:00.123456 345 model_lifecycle.cc:472] "
-    assert parse_line(triton + '"loading: textgen:1"').stage == "loading textgen"
-    assert parse_line(triton + "\"successfully loaded 'tokenizer'\"").stage == "tokenizer loaded"
-    assert parse_line("textgen: 61 of 121 weights").stage == "61 of 121 weights"
-    assert parse_line("anything else").stage is None
+    log = LogFollower(tmp_path / "log")
+    stages = []
+    for line in (
+        triton + '"loading: tokenizer:1"',
+        triton + '"loading: textgen:1"',
+        triton + "\"successfully loaded 'tokenizer'\"",
+        "textgen engine: INFO 2912 KV blocks",
+        triton + "\"successfully loaded 'textgen'\"",
+    ):
+        with log.path.open("a") as file:
+            file.write(line + "\n")
+        log.read()
+        stages.append(log.stage)
+    assert stages == [
+        "loading tokenizer",
+        "loading tokenizer, textgen",
+        "loading textgen",
+        "loading textgen: 2912 KV blocks",
+        "",
+    ]
+
+
+def test_severity_of_lines() -> None:
+    assert parse_line(ERROR + '"text"') == LogLine("E", "text")
+    assert parse_line("textgen: WARNING text") == LogLine("W", "text", ours=True)
+    assert parse_line("textgen: fatal: text") == LogLine("F", "text", ours=True)
+    assert parse_line(ERROR + '"textgen: fatal: text"') == LogLine("F", "text", ours=True)
+    assert parse_line("anything else") == LogLine("", "anything else")
 
 
 def test_a_line_that_is_still_being_written_waits(tmp_path: Path) -> None:
