@@ -237,9 +237,7 @@ class EngineClient:
                 self._outbox.put(None)
             else:
                 self._state = EngineState.READY
-        threading.Thread(
-            target=_write, args=(connection, self._outbox), name="engine-writer", daemon=True
-        ).start()
+        threading.Thread(target=_write, args=(connection, self._outbox), name="engine-writer", daemon=True).start()
         return info
 
     def _wait_ready(self, connection: Connection) -> EngineInfo:
