@@ -127,7 +127,12 @@ class TritonPythonModel:
             self._fail(live, EngineFailure("the request could not be read"))
 
     def _submit(self, live: LiveRequest, request: Any) -> None:
-        parsed = triton_io.parse_request(request, limits=self._limits, vocab_size=self._info.vocab_size)
+        parsed = triton_io.parse_request(
+            request,
+            limits=self._limits,
+            vocab_size=self._info.vocab_size,
+            grammar_config=self._config.grammar,
+        )
         live.options = parsed.options
         timeout_s = triton_io.request_timeout_s(request, parsed.parameters, self._config.limits.default_timeout_s)
         if parsed.input_ids is not None:

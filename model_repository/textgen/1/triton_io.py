@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from textgen_engine.config import GrammarConfig
 from textgen_engine.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -26,6 +27,8 @@ from textgen_engine.errors import (
     ToolError,
     Unsupported,
 )
+from textgen_engine.grammar.base import GrammarSpec, grammar_limits
+from textgen_engine.grammar.parse import parse_grammar
 from textgen_engine.messages import EngineInfo
 from textgen_engine.parameters import ParameterLimits, RequestParameters, parse_parameters
 from textgen_engine.request import GenerationRequest, Timings, TokenDetail, TokenOutput
@@ -67,6 +70,7 @@ class ParsedRequest:
     input_ids: list[int] | None
     prompt_text: str | None
     parameters: RequestParameters
+    grammar: GrammarSpec | None
     given_parameters: dict[str, Any]
     options: ResponseOptions
 
@@ -88,7 +92,9 @@ def is_cancel_request(request: Any) -> bool:
     return _flag(request, "cancel") is True
 
 
-def parse_request(request: Any, *, limits: ParameterLimits, vocab_size: int) -> ParsedRequest:
+def parse_request(
+    request: Any, *, limits: ParameterLimits, vocab_size: int, grammar_config: GrammarConfig
+) -> ParsedRequest:
     """Read every input and parameter. Raises RequestError naming what is wrong."""
     given = [name for name in PROMPT_FORMS if pb_utils.get_input_tensor_by_name(request, name) is not None]
     if len(given) != 1:
@@ -99,6 +105,7 @@ def parse_request(request: Any, *, limits: ParameterLimits, vocab_size: int) -> 
     given_parameters = _given_parameters(request)
     parameters = parse_parameters(given_parameters, limits=limits, stream=stream, vocab_size=vocab_size)
     _refuse_unsupported(parameters)
+    grammar = _grammar_spec(parameters, grammar_config)
     full_text = parameters.return_full_text
     if flags["exclude_input_in_output"] is not None:
         wanted = not flags["exclude_input_in_output"]
@@ -124,6 +131,7 @@ def parse_request(request: Any, *, limits: ParameterLimits, vocab_size: int) -> 
         input_ids=_input_ids(request) if given[0] == "input_ids" else None,
         prompt_text=_text(request, "prompt_text"),
         parameters=parameters,
+        grammar=grammar,
         given_parameters=given_parameters,
         options=options,
     )
@@ -193,6 +201,7 @@ def build_request(
         n=parameters.n,
         best_of=parameters.best_of,
         bad_words=parameters.bad_words,
+        grammar=parsed.grammar,
         stream=parsed.options.stream,
         priority=parameters.priority,
         arrival_s=arrival_s,
@@ -239,11 +248,39 @@ def _given_parameters(request: Any) -> dict[str, Any]:
 
 def _refuse_unsupported(parameters: RequestParameters) -> None:
     """Parameters of the contract whose feature this version does not have are refused, never ignored."""
-    for name in ("grammar", "response_format", "adapter_id", "guideline"):
+    for name in ("adapter_id", "guideline"):
         if getattr(parameters, name) is not None:
             raise Unsupported(f"`{name}` is not supported by this version")
-    if parameters.tools and parameters.tool_choice not in (None, "auto", "none"):
-        raise Unsupported(f"`tool_choice` {parameters.tool_choice!r} is not supported by this version")
+
+
+def _grammar_spec(parameters: RequestParameters, config: GrammarConfig) -> GrammarSpec | None:
+    """The one grammar among `grammar`, `response_format` and `tools`; None where the text is free."""
+    forms: dict[str, Any] = {"grammar": parameters.grammar, "response_format": parameters.response_format}
+    given = [name for name, value in forms.items() if value is not None]
+    if len(given) > 1:
+        raise InvalidParameter("`grammar` and `response_format` exclude each other; given: both")
+    value = forms[given[0]] if given else None
+    if parameters.tools is not None:
+        if value is not None:
+            raise ToolError(f"`{given[0]}` and `tools` exclude each other; given: both")
+        choice = "auto" if parameters.tool_choice is None else parameters.tool_choice
+        # An empty list of tools asks for nothing, like no list at all.
+        if parameters.tools or parameters.tool_choice is not None:
+            value = {"type": "tools", "value": {"tools": list(parameters.tools), "tool_choice": choice}}
+    elif parameters.tool_choice not in (None, "none", "auto"):
+        raise ToolError(f"`tool_choice` {parameters.tool_choice!r:.100} needs `tools`; given: none")
+    if value is None:
+        return None
+    if not config.enabled:
+        raise Unsupported("grammars are off on this server (option `disable_grammar_support`)")
+    return parse_grammar(
+        value,
+        limits=grammar_limits(config),
+        default_backend=config.default_backend,
+        backend=parameters.grammar_backend,
+        whitespace=parameters.grammar_whitespace,
+        lenient=parameters.grammar_lenient,
+    )
 
 
 def _flag(request: Any, name: str) -> bool | None:
@@ -399,6 +436,8 @@ def _choice_details(output: TokenOutput | None, num_tokens: int, validation_s: f
     details["tokens"] = [_token_json(detail) for detail in output.details]
     if any(detail.top for detail in output.details):
         details["top_tokens"] = [[_token_json(top) for top in detail.top] for detail in output.details]
+    if output.warnings:
+        details["warnings"] = list(output.warnings)
     if output.timings is not None:
         details["timings"] = _timings(output.timings, num_tokens, validation_s)
     return details

@@ -55,6 +55,7 @@ _DURATIONS = {
     "tgi_request_inference_duration": "First step to last token",
     "tgi_request_mean_time_per_token_duration": "Inference time by generated tokens",
     "tgi_batch_inference_duration": "One step of the engine",
+    "tgi_grammar_compile_seconds": "Compilation of one grammar, where it was not cached",
 }
 _LENGTHS = {
     "tgi_request_input_length": "Prompt tokens of a request",
@@ -124,6 +125,7 @@ class MetricsPublisher:
             self._observe("tgi_time_to_first_token_seconds", *step.time_to_first_token_s)
             self._observe("tgi_inter_token_latency_seconds", *step.inter_token_s)
             self._observe("tgi_request_queue_duration", *step.queue_s)
+            self._observe("tgi_grammar_compile_seconds", *step.grammar_compile_s)
             if step.batch_size:
                 self._counts["tgi_batch_inference_count", ""] += 1
                 self._observe("tgi_batch_inference_duration", step.step_s)

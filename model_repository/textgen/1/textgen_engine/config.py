@@ -159,6 +159,20 @@ OPTIONS: tuple[Option, ...] = (
         maximum=0.99,
     ),
     _tgi("watermark_delta", float, 2.0, "bias of the green list", minimum=0),
+    # Constrained generation.
+    _tgi("disable_grammar_support", bool, False, "refuse requests with a grammar"),
+    _own(
+        "grammar_backend",
+        str,
+        "llguidance",
+        "library that serves grammars unless the request names one",
+        choices=("llguidance", "xgrammar", "lmfe"),
+    ),
+    _own("jump_forward", bool, True, "append tokens that a grammar forces without a forward pass for each"),
+    _own("grammar_timeout_s", float, 5.0, "longest compilation of one grammar, in seconds", minimum=0.01),
+    _own("grammar_max_bytes", int, 262144, "largest schema, regex or grammar, in bytes", minimum=1),
+    _own("grammar_max_nesting", int, 64, "deepest nesting of a schema, regex or grammar", minimum=1, maximum=500),
+    _own("grammar_cache_mib", int, 256, "memory for compiled grammars, in MiB", minimum=1),
     # Engine process.
     _own("max_engine_restarts", int, 5, "restarts within ten minutes after which the model stays not ready", minimum=0),
     _own(
@@ -257,6 +271,23 @@ class WatermarkConfig:
 
 
 @dataclass(frozen=True)
+class GrammarConfig:
+    """Constrained generation: which libraries, and the bounds on one grammar.
+
+    enabled: requests may have a grammar. jump_forward: append forced tokens without a forward pass each.
+    """
+
+    enabled: bool = True
+    default_backend: str = "llguidance"
+    backends: tuple[str, ...] = ("llguidance", "xgrammar", "lmfe")
+    jump_forward: bool = True
+    compile_timeout_s: float = 5.0
+    max_bytes: int = 256 * 1024
+    max_nesting: int = 64
+    cache_bytes: int = 256 << 20
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything, as the rooms receive it in parts."""
 
@@ -267,6 +298,7 @@ class EngineConfig:
     transport: TransportConfig = TransportConfig()
     supervision: SupervisionConfig = SupervisionConfig()
     watermark: WatermarkConfig = WatermarkConfig()
+    grammar: GrammarConfig = GrammarConfig()
     log_level: str = "info"
 
 
@@ -332,6 +364,15 @@ def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, h
             max_restarts=values["max_engine_restarts"], hang_timeout_s=values["engine_hang_timeout_s"]
         ),
         watermark=WatermarkConfig(gamma=values["watermark_gamma"], delta=values["watermark_delta"]),
+        grammar=GrammarConfig(
+            enabled=not values["disable_grammar_support"],
+            default_backend=values["grammar_backend"],
+            jump_forward=values["jump_forward"],
+            compile_timeout_s=values["grammar_timeout_s"],
+            max_bytes=values["grammar_max_bytes"],
+            max_nesting=values["grammar_max_nesting"],
+            cache_bytes=values["grammar_cache_mib"] << 20,
+        ),
         log_level=values["log_level"],
     )
 

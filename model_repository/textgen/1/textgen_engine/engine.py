@@ -20,8 +20,18 @@ from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.batch import BatchInputs, build_inputs
 from textgen_engine.block_manager import BlockManager
 from textgen_engine.config import EngineConfig
+from textgen_engine.constraints import Accepted, Constraints
 from textgen_engine.detokenizer import Detokenizer, TextStream
-from textgen_engine.errors import Cancelled, ConfigError, DeadlineExceeded, EngineError, EngineFailure
+from textgen_engine.errors import (
+    Cancelled,
+    ConfigError,
+    DeadlineExceeded,
+    EngineError,
+    EngineFailure,
+    GrammarError,
+    InvalidParameter,
+)
+from textgen_engine.grammar import CompiledGrammar, GrammarCompiler, grammar_limits
 from textgen_engine.kv_cache import KVCache
 from textgen_engine.messages import EngineInfo, StepReport
 from textgen_engine.metrics import EngineGauges, StepMetrics
@@ -47,6 +57,7 @@ class _Choice:
 
     sequence: Sequence
     text: TextStream
+    last_token_text: str = ""
     last_token_s: float | None = None
     sum_logprob: float = 0.0
     held: TokenOutput | None = None  # best_of: outputs are held back until the best are known
@@ -60,6 +71,7 @@ class _LiveRequest:
     choices: list[_Choice] = field(default_factory=list)
     num_finished: int = 0
     prompt_details: list[TokenDetail] = field(default_factory=list)
+    grammar: CompiledGrammar | None = None
     started: bool = False
 
     @property
@@ -78,6 +90,7 @@ class _Launched:
     batch: ScheduledBatch
     sequences: list[Sequence]
     tokens: SampledTokens | None
+    errors: dict[Sequence, GrammarError]
     scored: list[tuple[ScheduledSequence, PromptLogprobs]]
 
 
@@ -119,6 +132,17 @@ class Engine:
         self._runner = ModelRunner(loaded, backend, cache)
         self._tokenizer = loaded.tokenizer
         self._detokenizer = Detokenizer(loaded.tokenizer)
+        self._constraints = Constraints(
+            GrammarCompiler(
+                loaded.tokenizer,
+                vocab_size=loaded.vocab_size,
+                eos_token_ids=loaded.eos_token_ids,
+                limits=grammar_limits(config.grammar),
+                backends=config.grammar.backends,
+                on_ready=self._notify,
+            ),
+            jump_forward=config.grammar.jump_forward,
+        )
         self._emit = emit
         self._live: dict[str, _LiveRequest] = {}
         self._choice_of: dict[Sequence, _Choice] = {}
@@ -149,6 +173,10 @@ class Engine:
             self._stopping = True
             self._wake.notify()
 
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()
+
     # ---- the loop ----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -161,12 +189,13 @@ class Engine:
                         self.check_integrity()
                         checked = True
                 if self._stopping:
-                    return
+                    break
             checked = False
             if not self.step():
                 with self._wake:
                     if self._live and not (self._arrivals or self._cancellations or self._stopping):
                         self._wake.wait(timeout=_NOTHING_TO_RUN_S)
+        self._constraints.close()
 
     def step(self) -> bool:
         """One turn of the loop; False when there was nothing to run."""
@@ -175,6 +204,8 @@ class Engine:
         self._take_arrivals()
         self._take_cancellations(report)
         self._expire(now_s, report)
+        self._take_grammars(report)
+        self._constraints.hold()
         batch = self._scheduler.schedule()
         for sequence in batch.preempted:
             self._forget_sampler_state(sequence)
@@ -202,6 +233,7 @@ class Engine:
     def _launch(self, batch: ScheduledBatch) -> _Launched:
         """Put the step on the device: forward pass, then sampling. Reads nothing back."""
         inputs = build_inputs(batch, self._runner.cache, self._runner.device)
+        masks = self._constraints.start_masks([entry.sequence for entry in inputs.sampled])
         logits = self._runner.forward(inputs, batch.copies)
         self._scheduler.advance(batch)
         rows, sequences = self._rows_to_sample(inputs.sampled)
@@ -214,8 +246,10 @@ class Engine:
                 logits[index],
                 [self._sampler_slots[sequence] for sequence in sequences],
                 [sequence.num_output_tokens for sequence in sequences],
+                None if masks is None else masks.rows([inputs.sampled[row].sequence for row in rows], logits.device),
             )
-        return _Launched(batch, sequences, tokens, self._score_prompts(inputs, logits))
+        errors = {} if masks is None else masks.errors()
+        return _Launched(batch, sequences, tokens, errors, self._score_prompts(inputs, logits))
 
     def _rows_to_sample(self, entries: list[ScheduledSequence]) -> tuple[list[int], list[Sequence]]:
         """Logits rows and the sequences sampled from them. A prompt with several choices forks here: all of them
@@ -261,51 +295,82 @@ class Engine:
             return
         now_s = time.monotonic()
         token_ids = launched.tokens.token_ids.tolist()
+        exhausted = None if launched.tokens.exhausted is None else launched.tokens.exhausted.tolist()
         reader = _ScoreReader(launched.tokens)
         for row, (sequence, token_id) in enumerate(zip(launched.sequences, token_ids, strict=True)):
-            choice = self._choice_of[sequence]
+            choice = self._choice_of.get(sequence)
+            if choice is None:
+                continue  # its request failed a moment ago, by another choice
+            error: EngineError | None = launched.errors.get(sequence)
+            if error is None and exhausted is not None and exhausted[row]:
+                error = InvalidParameter("no token is left that bans, allowed tokens and grammar all permit")
+            accepted = Accepted(error=error) if error else self._constraints.accept(sequence, token_id)
+            if accepted.error is not None:
+                self._fail(sequence.request.request_id, accepted.error, report)
+                continue
             choice.sum_logprob += reader.logprob(row) or 0.0
-            output = self._accept_token(choice, token_id, reader, row)
             live = self._live[sequence.request.request_id]
+            output = TokenOutput(sequence.request.request_id, sequence.choice)
+            self._append_token(choice, output, token_id, is_complete=accepted.is_complete)
+            self._describe_token(choice, output, reader, row)
+            if accepted.forced and output.finish_reason is None:
+                error = self._append_forced(choice, output, accepted.forced)
+                if error is not None:
+                    self._fail(sequence.request.request_id, error, report)
+                    continue
             self._time_token(live, choice, now_s, report)
             if sequence.choice == 0 and sequence.num_output_tokens == 1 and live.request.output.prompt_logprobs:
                 output.prompt_details = self._prompt_details(live)
             self._deliver(live, choice, output, report)
 
-    def _accept_token(self, choice: _Choice, token_id: int, reader: _ScoreReader, row: int) -> TokenOutput:
-        """Append one token to its choice; the output says what it adds, and whether it was the last."""
-        sequence, request = choice.sequence, choice.sequence.request
-        live = self._live[request.request_id]
+    def _append_token(self, choice: _Choice, output: TokenOutput, token_id: int, *, is_complete: bool) -> None:
+        """Append one token to its choice; the output gets its text, and a finish reason when it was the last.
+
+        is_complete: the grammar allows nothing more (which outranks ignore_eos_token and min_new_tokens).
+        """
+        sequence, stopping = choice.sequence, choice.sequence.request.stopping
         sequence.token_ids.append(token_id)
-        output = TokenOutput(request.request_id, sequence.choice, token_ids=[token_id])
-        ends_text = token_id in request.stopping.stop_token_ids or (
-            token_id in self.info.eos_token_ids and not request.stopping.ignore_eos_token
+        output.token_ids.append(token_id)
+        ends_text = token_id in stopping.stop_token_ids or (
+            token_id in self.info.eos_token_ids and (is_complete or not stopping.ignore_eos_token)
         )
         if ends_text:
             output.finish_reason = FinishReason.EOS_TOKEN
-            token_text = self._detokenizer.token_text(token_id)
         else:
             delta = choice.text.push([token_id])
-            output.text = delta.text
-            token_text = delta.token_texts[0] if delta.token_texts else ""
+            output.text += delta.text
+            choice.last_token_text = delta.token_texts[0] if delta.token_texts else ""
             if delta.stopped:
                 output.finish_reason = FinishReason.STOP_SEQUENCE
-            elif sequence.num_output_tokens >= live.max_new_tokens:
+            elif is_complete:
+                output.finish_reason = FinishReason.EOS_TOKEN
+            elif sequence.num_output_tokens >= self._live[sequence.request.request_id].max_new_tokens:
                 output.finish_reason = FinishReason.LENGTH
         if output.finish_reason in (FinishReason.EOS_TOKEN, FinishReason.LENGTH):
             output.text += choice.text.finish()
-        wanted = request.output
+        if ends_text:
+            choice.last_token_text = self._detokenizer.token_text(token_id)
+
+    def _append_forced(self, choice: _Choice, output: TokenOutput, forced: tuple[int, ...]) -> EngineError | None:
+        """Append tokens that the grammar leaves no choice about; the next step computes them all at once."""
+        for token_id in forced:
+            accepted = self._constraints.accept_forced(choice.sequence, token_id)
+            if accepted.error is not None:
+                return accepted.error
+            self._append_token(choice, output, token_id, is_complete=accepted.is_complete)
+            if output.finish_reason is not None:
+                break
+        # The sampler has not seen these tokens: it is told of the sequence anew, with all of them.
+        self._forget_sampler_state(choice.sequence)
+        return None
+
+    def _describe_token(self, choice: _Choice, output: TokenOutput, reader: _ScoreReader, row: int) -> None:
+        wanted = choice.sequence.request.output
         if wanted.token_details or wanted.logprobs or wanted.top_n_tokens:
-            output.details.append(
-                TokenDetail(
-                    token_id,
-                    token_text,
-                    reader.logprob(row),
-                    self._detokenizer.is_special(token_id),
-                    self._top_details(reader.top(row, wanted.top_n_tokens)),
-                )
-            )
-        return output
+            token_id = output.token_ids[-1]
+            is_special = self._detokenizer.is_special(token_id)
+            top = self._top_details(reader.top(row, wanted.top_n_tokens))
+            output.details.append(TokenDetail(token_id, choice.last_token_text, reader.logprob(row), is_special, top))
 
     def _deliver(self, live: _LiveRequest, choice: _Choice, output: TokenOutput, report: StepReport) -> None:
         """Report the output, or hold it back for best_of; take the choice out when it was its last."""
@@ -319,6 +384,7 @@ class Engine:
             output.timings = replace(live.timings)
             sampling = live.request.sampling
             output.seed = choice_seed(sampling.seed, sequence.choice) if sampling.do_sample else None
+            output.warnings = self._warnings(live, sequence)
             self._drop_sequence(sequence)
         if not live.ranks_choices:
             report.outputs.append(output)
@@ -332,6 +398,15 @@ class Engine:
             report.outputs[-1].is_last = True
             del self._live[live.request.request_id]
 
+    def _warnings(self, live: _LiveRequest, sequence: Sequence) -> tuple[str, ...]:
+        if live.grammar is None:
+            return ()
+        warnings = tuple(live.grammar.warnings)
+        if not self._constraints.is_satisfied(sequence):
+            assert sequence.finish_reason is not None
+            warnings += (f"the text ended ({sequence.finish_reason.value}) before its grammar was complete",)
+        return warnings
+
     # ---- arrivals and departures -------------------------------------------------------------------------------
 
     def _take_arrivals(self) -> None:
@@ -344,9 +419,26 @@ class Engine:
             wanted = request.stopping.max_new_tokens
             live = _LiveRequest(request, Timings(request.arrival_s), room if wanted is None else min(wanted, room))
             self._live[request.request_id] = live
-            sequence = Sequence(request)
-            self._add_choice(live, sequence)
-            self._scheduler.add(sequence)
+            if request.grammar is not None:
+                self._constraints.submit(request)
+            else:
+                self._scheduler.add(self._add_choice(live, Sequence(request)))
+
+    def _take_grammars(self, report: StepReport) -> None:
+        """Queue the requests whose grammar is compiled; those whose grammar was refused end here."""
+        assert report.metrics is not None
+        for request_id, result, compile_s in self._constraints.take_ready():
+            if compile_s is not None:
+                report.metrics.grammar_compile_s.append(compile_s)
+            live = self._live[request_id]
+            if isinstance(result, EngineError):
+                self._fail(request_id, result, report)
+                continue
+            live.grammar = result
+            try:
+                self._scheduler.add(self._add_choice(live, Sequence(live.request)))
+            except EngineError as error:  # every matcher of the backend is in use
+                self._fail(request_id, error, report)
 
     def _with_bad_word_ids(self, request: GenerationRequest) -> GenerationRequest:
         """A word inside a text has other ids than one at its beginning: both forms are banned."""
@@ -385,22 +477,27 @@ class Engine:
         live = self._live.pop(request_id, None)
         if live is None:
             return
+        self._constraints.withdraw(request_id)
         for choice in live.choices:
             if choice.sequence.status is not SequenceStatus.FINISHED:
                 self._drop_sequence(choice.sequence)
         report.outputs.append(TokenOutput(request_id, error=error, is_last=True))
 
-    def _add_choice(self, live: _LiveRequest, sequence: Sequence) -> None:
+    def _add_choice(self, live: _LiveRequest, sequence: Sequence) -> Sequence:
         request = live.request
+        if live.grammar is not None:
+            self._constraints.attach(sequence, live.grammar)
         text = self._detokenizer.stream(
             prompt_ids=request.prompt_token_ids, stopping=request.stopping, output=request.output
         )
         choice = _Choice(sequence, text)
         live.choices.append(choice)
         self._choice_of[sequence] = choice
+        return sequence
 
     def _drop_sequence(self, sequence: Sequence) -> None:
         self._forget_sampler_state(sequence)
+        self._constraints.release(sequence)
         self._scheduler.remove(sequence)
         del self._choice_of[sequence]
 

@@ -31,4 +31,5 @@ class StepMetrics:
     time_to_first_token_s: list[float] = field(default_factory=list)
     inter_token_s: list[float] = field(default_factory=list)
     queue_s: list[float] = field(default_factory=list)
+    grammar_compile_s: list[float] = field(default_factory=list)
     gauges: EngineGauges = field(default_factory=EngineGauges)

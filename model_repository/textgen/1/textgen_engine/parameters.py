@@ -70,6 +70,9 @@ class RequestParameters:
     bad_words: tuple[str, ...] = ()
     adapter_id: str | None = None
     grammar: Mapping[str, Any] | None = None
+    grammar_backend: str | None = None
+    grammar_whitespace: str | None = None
+    grammar_lenient: bool | None = None
     response_format: Mapping[str, Any] | None = None
     tools: tuple[Mapping[str, Any], ...] | None = None
     tool_choice: str | Mapping[str, Any] | None = None
@@ -591,7 +594,26 @@ PARAMETERS: tuple[ParameterGroup, ...] = (
                 "grammar",
                 Object(),
                 "none",
-                'Force the output into a form: `{"type": "json", "value": <JSON Schema>}`, or type `regex`.',
+                'Force the output into a form: `{"type": "json", "value": <JSON Schema>}`, or type `regex`, `choice`, '
+                "`json_object`, `lark` or `ebnf` (see grammar.md).",
+            ),
+            Parameter(
+                "grammar_backend",
+                Text(),
+                "the server's",
+                "Library that enforces the grammar: `llguidance`, `xgrammar` or `lmfe`.",
+            ),
+            Parameter(
+                "grammar_whitespace",
+                Text(),
+                "`bounded`",
+                "Whitespace between the tokens of JSON: `bounded`, `flexible` or `none`.",
+            ),
+            Parameter(
+                "grammar_lenient",
+                Boolean(),
+                "false",
+                "Drop schema keywords that cannot be enforced, with a warning, instead of refusing the schema.",
             ),
             Parameter(
                 "response_format",
@@ -644,6 +666,8 @@ PARAMETERS: tuple[ParameterGroup, ...] = (
                 "Continue the last message instead of answering it.",
             ),
             Parameter("guideline", Text(), "none", "Text for chat templates that take a `guideline`."),
+            Parameter("documents", Objects(), "none", "Documents for chat templates that take them."),
+            Parameter("chat_template_kwargs", Object(), "none", "Further variables of the chat template."),
         ),
     ),
     ParameterGroup(
@@ -737,6 +761,9 @@ def parse_parameters(
         bad_words=values.get("bad_words", ()),
         adapter_id=values.get("adapter_id"),
         grammar=values.get("grammar"),
+        grammar_backend=values.get("grammar_backend"),
+        grammar_whitespace=values.get("grammar_whitespace"),
+        grammar_lenient=values.get("grammar_lenient"),
         response_format=values.get("response_format"),
         tools=values.get("tools"),
         tool_choice=values.get("tool_choice"),

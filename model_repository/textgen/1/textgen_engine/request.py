@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from textgen_engine.errors import EngineError
+from textgen_engine.grammar.base import GrammarSpec
 from textgen_engine.sampling.params import SamplingParams
 
 
@@ -62,6 +63,7 @@ class GenerationRequest:
     arrival_s, deadline_s: `time.monotonic()` seconds, which Linux shares between processes.
     bad_words: strings that must not come up; the engine adds their ids to those of sampling.bad_words.
     priority: larger is sooner; 0 is the default.
+    grammar: what every choice's text must obey; None leaves it free.
     n: number of choices that share one prefill. best_of: candidates generated, of which the best `n` are reported.
     stream: past its deadline a streaming request ends with what it has, another fails.
     cache_salt: part of every prefix-cache key; requests with different salts never share blocks.
@@ -75,6 +77,7 @@ class GenerationRequest:
     n: int = 1
     best_of: int = 1
     bad_words: tuple[str, ...] = ()
+    grammar: GrammarSpec | None = None
     stream: bool = False
     priority: int = 0
     arrival_s: float = 0.0
@@ -112,6 +115,7 @@ class TokenOutput:
     details: one entry per new token when the request asked for token details or logprobs.
     prompt_details: on the first output only, when the request asked for them.
     finish_reason: set on the last output of the choice. seed: set on the last output when the choice was sampled.
+    warnings: on the last output of the choice, what the client should know (a grammar cut short, a format not enforced).
     error: set instead of text when the request failed. is_last: no output of this request follows, of any choice.
     """
 
@@ -125,6 +129,7 @@ class TokenOutput:
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     seed: int | None = None
+    warnings: tuple[str, ...] = ()
     timings: Timings | None = None
     error: EngineError | None = None
     is_last: bool = False
@@ -141,6 +146,7 @@ class TokenOutput:
         self.num_cached_tokens = later.num_cached_tokens
         self.finish_reason = later.finish_reason
         self.seed = later.seed
+        self.warnings = later.warnings
         self.timings = later.timings
         self.error = later.error
         self.is_last = later.is_last

@@ -102,7 +102,7 @@ class Scheduler:
         """The next step; empty when nothing can run. Reserves blocks, preempts, admits."""
         batch = ScheduledBatch()
         budget = self._config.max_tokens_per_step
-        for sequence in [s for s in self.running if s.is_decoding]:
+        for sequence in [s for s in self.running if s.is_decoding and not s.is_held]:
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # preempted by a more urgent one a moment ago
             if budget > 0 and self._reserve_by_force(sequence, 1, batch):
@@ -137,7 +137,7 @@ class Scheduler:
 
     def _schedule_prefills(self, batch: ScheduledBatch, budget: int) -> int:
         """Continue prompts that were begun; returns the budget that is left for new ones."""
-        prefills = [s for s in self.running if not s.is_decoding]
+        prefills = [s for s in self.running if not s.is_decoding and not s.is_held]
         for index, sequence in enumerate(prefills):
             if sequence.status is not SequenceStatus.RUNNING or budget <= 0:
                 continue

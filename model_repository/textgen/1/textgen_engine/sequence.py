@@ -42,6 +42,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks of token_ids
     num_registered_blocks: int = 0  # leading blocks already offered to the prefix cache
+    is_held: bool = False  # not to be scheduled: its next mask is still being made (written by constraints.py)
     slot: int | None = None  # row of the sampler's per-sequence state; None unless RUNNING
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0

@@ -14,6 +14,7 @@ from textgen_engine.grammar.base import (
     GrammarLimits,
     GrammarMatcher,
     GrammarSpec,
+    grammar_limits,
 )
 from textgen_engine.grammar.compiler import GrammarCompiler, GrammarHandle
 from textgen_engine.grammar.masks import GrammarMask, MaskFiller
@@ -31,5 +32,6 @@ __all__ = [
     "GrammarSpec",
     "MaskFiller",
     "Vocabulary",
+    "grammar_limits",
     "parse_grammar",
 ]

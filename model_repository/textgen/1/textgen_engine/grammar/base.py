@@ -23,6 +23,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
+from textgen_engine.config import GrammarConfig
 from textgen_engine.errors import GrammarError
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark", "ebnf", "tools"]
@@ -88,6 +89,19 @@ class GrammarLimits:
     max_pending: int = 1024
     max_worker_matchers: int = 8
     worker_memory_bytes: int = 2 * 1024**3
+
+
+def grammar_limits(config: GrammarConfig) -> GrammarLimits:
+    """The limits that the server's options set; the others keep their defaults."""
+    defaults = GrammarLimits()
+    return GrammarLimits(
+        max_schema_bytes=config.max_bytes,
+        max_regex_bytes=min(config.max_bytes, defaults.max_regex_bytes),
+        max_grammar_bytes=min(config.max_bytes, defaults.max_grammar_bytes),
+        max_nesting=config.max_nesting,
+        compile_timeout_s=config.compile_timeout_s,
+        cache_bytes=config.cache_bytes,
+    )
 
 
 class GrammarMatcher(Protocol):
