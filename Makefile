@@ -12,7 +12,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check install -qq
 MODEL   := $(CACHE)/models/smollm2-135m-instruct
 CLIENT  := $(wildcard client/pyproject.toml)
 SOURCES := model_repository scripts tests $(if $(CLIENT),client)
-TYPED   := model_repository/textgen/1/textgen_engine scripts $(if $(CLIENT),client)
+TYPED   := model_repository/textgen/1/textgen_engine model_repository/tokenizer/1/textgen_tokenizer scripts $(if $(CLIENT),client)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -1,16 +1,11 @@
-"""Puts the tokenizer model's package on the path, as Triton does, and loads the demonstration tokenizer once."""
+"""The demonstration tokenizer, loaded once."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-MODEL_FOLDER = Path(__file__).resolve().parents[2] / "model_repository" / "tokenizer" / "1"
-if str(MODEL_FOLDER) not in sys.path:
-    sys.path.append(str(MODEL_FOLDER))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from textgen_tokenizer.errors import InvalidParameter, TemplateError, ToolError
 from textgen_tokenizer.service import TokenizerRequest, TokenizerService
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from textgen_tokenizer.config import TokenizerConfig, read_config
 from textgen_tokenizer.errors import ConfigError
 from textgen_tokenizer.loading import load

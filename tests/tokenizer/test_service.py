@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from textgen_tokenizer.errors import InvalidParameter, PromptTooLong, TokenizerError
-from textgen_tokenizer.service import TokenizerRequest, TokenizerService
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from textgen_engine import errors as engine_errors
+from textgen_tokenizer.errors import InvalidParameter, PromptTooLong, TokenizerError
+from textgen_tokenizer.service import TokenizerRequest, TokenizerService
 
 
 def _bos_service(loaded: Any, **limits: Any) -> TokenizerService:

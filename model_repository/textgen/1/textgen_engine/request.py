@@ -115,7 +115,7 @@ class TokenOutput:
     details: one entry per new token when the request asked for token details or logprobs.
     prompt_details: on the first output only, when the request asked for them.
     finish_reason: set on the last output of the choice. seed: set on the last output when the choice was sampled.
-    warnings: on the last output of the choice, what the client should know (a grammar cut short, a format not enforced).
+    warnings: on the last output of the choice, what the client should know (say, a grammar cut short).
     error: set instead of text when the request failed. is_last: no output of this request follows, of any choice.
     """
 
