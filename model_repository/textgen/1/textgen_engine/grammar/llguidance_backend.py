@@ -12,11 +12,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from textgen_engine.errors import Unsupported
+from textgen_engine.errors import GrammarError, Unsupported
 from textgen_engine.grammar.base import GrammarLimits, GrammarMatcher, GrammarSpec, MaskRow, grammar_error
 from textgen_engine.grammar.matcher import TextMatcher
 from textgen_engine.grammar.regex import escape_regex, to_rust_regex
-from textgen_engine.grammar.rewrite import Capabilities, prepare_schema
+from textgen_engine.grammar.rewrite import LLGUIDANCE, PreparedSchema, prepare_schema
 from textgen_engine.grammar.tools import PLAIN_TEXT_PATTERN
 from textgen_engine.grammar.vocabulary import Vocabulary
 
@@ -50,7 +50,31 @@ class LlguidanceBackend:
         self._executor = llguidance.LLExecutor(num_threads)
 
     def compile(self, spec: GrammarSpec) -> LlguidanceGrammar:
-        text, warnings = self._grammar_text(spec)
+        if spec.kind not in ("json_schema", "json_object", "tools"):
+            return self._compiled(spec, self._plain_grammar(spec), ())
+        prepared = prepare_schema(spec, LLGUIDANCE, self._limits, rebuild=False)
+        try:
+            return self._compiled(spec, self._schema_grammar(spec, prepared), prepared.warnings)
+        except GrammarError as refusal:
+            if not self._limits.max_rewritten_nodes:
+                raise
+            try:
+                rebuilt = prepare_schema(spec, LLGUIDANCE, self._limits, rebuild=True)
+                return self._compiled(spec, self._schema_grammar(spec, rebuilt), rebuilt.warnings)
+            except GrammarError as reason:
+                if spec.lenient:
+                    return self._lenient(spec, prepared)
+                # The rewriter knows keyword and place; the library's word is about the rewritten text then.
+                raise (reason if "cannot be enforced" in reason.message else refusal) from None
+
+    def _lenient(self, spec: GrammarSpec, prepared: PreparedSchema) -> LlguidanceGrammar:
+        """With the library's own leave to drop what it does not know."""
+        options = {"lenient": True, "coerce_one_of": True}
+        warning = "grammar_lenient: keywords that llguidance cannot enforce are dropped"
+        grammar = self._schema_grammar(spec, prepared, options)
+        return self._compiled(spec, grammar, [*prepared.warnings, warning])
+
+    def _compiled(self, spec: GrammarSpec, text: str, warnings: Sequence[str]) -> LlguidanceGrammar:
         template = self._library.LLMatcher(self._tokenizer, text, log_level=0, limits=self._parser_limits)
         if template.is_error():
             raise grammar_error(f"{_what(spec)}: {template.get_error()}")
@@ -60,8 +84,9 @@ class LlguidanceBackend:
         if probe.is_error():
             reason = "no text satisfies it" if "NoExtension" in probe.get_error() else probe.get_error()
             raise grammar_error(f"{_what(spec)}: {reason}")
-        warnings = [*warnings, *template.get_grammar_warnings()]
-        return LlguidanceGrammar(self, template, warnings, _BYTES_PER_GRAMMAR + _BYTES_PER_GRAMMAR_BYTE * len(text))
+        every_warning = [*warnings, *template.get_grammar_warnings()]
+        size_bytes = _BYTES_PER_GRAMMAR + _BYTES_PER_GRAMMAR_BYTE * len(text)
+        return LlguidanceGrammar(self, template, every_warning, size_bytes)
 
     def close(self) -> None:
         return None
@@ -84,36 +109,32 @@ class LlguidanceBackend:
             matcher.check()
             matcher.finish_row(rows[row_id])
 
-    def _grammar_text(self, spec: GrammarSpec) -> tuple[str, list[str]]:
-        """The library's own form of a grammar, and warnings."""
+    def _plain_grammar(self, spec: GrammarSpec) -> str:
+        """The library's own form of a grammar that is no schema."""
         native = self._library.LLMatcher
         if spec.kind == "regex":
-            return native.grammar_from_regex(to_rust_regex(spec.value)), []
+            return str(native.grammar_from_regex(to_rust_regex(spec.value)))
         if spec.kind == "choice":
             pattern = "|".join(escape_regex(text) for text in json.loads(spec.value))
-            return native.grammar_from_regex(pattern), []
-        if spec.kind == "lark":
-            return native.grammar_from_lark(spec.value), []
-        if spec.kind == "ebnf":
-            return native.grammar_from_lark(self._lark_of_ebnf(spec.value)), []
-        prepared = prepare_schema(spec, CAPABILITIES, self._limits)
-        schema = {**prepared.schema, "x-guidance": self._options(spec)}
-        if prepared.or_plain_text:
-            schema_text = json.dumps(schema, ensure_ascii=False)
-            lark = f"start: call | TEXT |\ncall: %json {schema_text}\nTEXT: /{PLAIN_TEXT_PATTERN}/\n"
-            return native.grammar_from_lark(lark), prepared.warnings
-        return native.grammar_from_json_schema(schema), prepared.warnings
+            return str(native.grammar_from_regex(pattern))
+        text = spec.value if spec.kind == "lark" else self._lark_of_ebnf(spec.value)
+        return str(native.grammar_from_lark(text))
 
-    @staticmethod
-    def _options(spec: GrammarSpec) -> dict[str, Any]:
-        options: dict[str, Any] = {"json_allow_general_unicode_escapes": True}
+    def _schema_grammar(
+        self, spec: GrammarSpec, prepared: PreparedSchema, extra: dict[str, Any] | None = None
+    ) -> str:
+        options: dict[str, Any] = {"json_allow_general_unicode_escapes": True, **(extra or {})}
         if spec.whitespace == "bounded":
             options["whitespace_pattern"] = BOUNDED_WHITESPACE
         else:
             options["whitespace_flexible"] = spec.whitespace == "flexible"
-        if spec.lenient:
-            options["lenient"] = options["coerce_one_of"] = True
-        return options
+        schema = {**prepared.schema, "x-guidance": options}
+        native = self._library.LLMatcher
+        if prepared.or_plain_text:
+            schema_text = json.dumps(schema, ensure_ascii=False)
+            lark = f"start: call | TEXT |\ncall: %json {schema_text}\nTEXT: /{PLAIN_TEXT_PATTERN}/\n"
+            return str(native.grammar_from_lark(lark))
+        return str(native.grammar_from_json_schema(schema))
 
     @staticmethod
     def _lark_of_ebnf(text: str) -> str:
@@ -189,6 +210,3 @@ def _what(spec: GrammarSpec) -> str:
         "lark": "lark grammar",
         "ebnf": "ebnf grammar",
     }.get(spec.kind, spec.kind)
-
-
-CAPABILITIES = Capabilities(name="llguidance")

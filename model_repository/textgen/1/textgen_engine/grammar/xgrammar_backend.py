@@ -1,0 +1,174 @@
+"""xgrammar: JSON Schema, regexes, GBNF and choices; compiled in a worker process, walked in this one.
+
+The library is fast per mask and ignores what it does not know in a schema, so a schema is first brought into the part
+that it enforces (rewrite.py) and refused where that is not possible. Special tokens are kept out by `TextMatcher`.
+Only this file and xgrammar_worker.py import `xgrammar`, inside functions.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from textgen_engine.errors import GrammarError, Unsupported
+from textgen_engine.grammar.base import GrammarLimits, GrammarSpec, MaskRow
+from textgen_engine.grammar.matcher import TextMatcher
+from textgen_engine.grammar.regex import to_rust_regex
+from textgen_engine.grammar.rewrite import XGRAMMAR, prepare_schema
+from textgen_engine.grammar.sandbox import Sandbox, WorkerDied, WorkerLate
+from textgen_engine.grammar.vocabulary import Vocabulary
+from textgen_engine.grammar.xgrammar_worker import XgrammarJob, tokenizer_info
+
+_MAX_WHITESPACE = {"none": 0, "bounded": 33, "flexible": None}
+
+
+class XgrammarBackend:
+    """Implements base.GrammarBackend."""
+
+    name = "xgrammar"
+    uninterruptible = False
+
+    def __init__(self, vocabulary: Vocabulary, limits: GrammarLimits) -> None:
+        """Raises Unsupported where the package is missing."""
+        if importlib.util.find_spec("xgrammar") is None:
+            raise Unsupported("grammar_backend xgrammar: the package `xgrammar` is not installed")
+        self._vocabulary = vocabulary
+        self._limits = limits
+        self._info: Any = None
+        self._info_lock = threading.Lock()
+        self._sandbox = Sandbox(
+            "textgen_engine.grammar.xgrammar_worker:prepare",
+            vocabulary,
+            memory_bytes=limits.worker_memory_bytes,
+            niceness=5,  # a long compilation yields to the engine
+        )
+
+    def compile(self, spec: GrammarSpec) -> XgrammarGrammar:
+        import xgrammar
+
+        job, warnings = self._job(spec)
+        worker = self._sandbox.open()
+        try:
+            serialised, size_bytes = worker.call("compile", job, timeout_s=self._limits.compile_timeout_s)
+        except WorkerLate:
+            limit = self._limits.compile_timeout_s
+            raise GrammarError(f"xgrammar: the grammar took longer than {limit:g} s to compile") from None
+        except WorkerDied:
+            raise GrammarError("xgrammar: the grammar crashed its compiler or used up its memory") from None
+        finally:
+            worker.close()
+        with self._info_lock:
+            if self._info is None:
+                self._info = tokenizer_info(self._vocabulary)
+        compiled = xgrammar.CompiledGrammar.deserialize_json(serialised, self._info)
+        return XgrammarGrammar(self._vocabulary, compiled, warnings, size_bytes)
+
+    def close(self) -> None:
+        self._sandbox.close()
+
+    def _job(self, spec: GrammarSpec) -> tuple[XgrammarJob, Sequence[str]]:
+        if spec.kind == "lark":
+            raise Unsupported("grammar_backend xgrammar takes ebnf grammars, not lark; llguidance takes both")
+        if spec.kind == "regex":
+            to_rust_regex(spec.value)
+            return XgrammarJob("regex", spec.value, None), ()
+        if spec.kind == "choice":
+            alternatives = " | ".join(_ebnf_string(text) for text in json.loads(spec.value))
+            return XgrammarJob("ebnf", "root ::= " + alternatives, None), ()
+        if spec.kind == "ebnf":
+            # A root rule that refers to itself makes the library's masks and its matcher disagree: give it a rule above.
+            return XgrammarJob("ebnf", _wrap_root(spec.value), None), ()
+        prepared = prepare_schema(spec, XGRAMMAR, self._limits, rebuild=True)
+        if prepared.or_plain_text:
+            raise Unsupported("grammar_backend xgrammar has no tool_choice auto; llguidance has")
+        text = json.dumps(prepared.schema, ensure_ascii=False)
+        return XgrammarJob("json", text, _MAX_WHITESPACE[spec.whitespace]), prepared.warnings
+
+
+class XgrammarGrammar:
+    """Implements base.CompiledGrammar."""
+
+    def __init__(self, vocabulary: Vocabulary, compiled: Any, warnings: Sequence[str], size_bytes: int) -> None:
+        self._vocabulary = vocabulary
+        self._compiled = compiled
+        self.warnings = warnings
+        self.size_bytes = size_bytes
+
+    def matcher(self) -> XgrammarMatcher:
+        import xgrammar
+
+        # The library's own end handling stays unused: after a stop token its matcher raises for good.
+        return XgrammarMatcher(self._vocabulary, xgrammar.GrammarMatcher(self._compiled))
+
+
+class XgrammarMatcher(TextMatcher):
+    """Implements base.GrammarMatcher."""
+
+    def __init__(self, vocabulary: Vocabulary, native: Any) -> None:
+        super().__init__(vocabulary)
+        self._native = native
+        self._mask = np.zeros((1, vocabulary.num_words), dtype=np.int32)
+        self._mask_is_current = False
+
+    def _fill_text(self, row: MaskRow) -> None:
+        self._make_mask()
+        row[:] = self._mask[0]
+
+    def _make_mask(self) -> None:
+        if not self._mask_is_current:
+            self._mask.fill(-1)  # the library leaves a row alone that forbids nothing
+            try:
+                self._native.fill_next_token_bitmask(self._mask, 0)
+            except RuntimeError as error:
+                self.fail(f"xgrammar failed: {error}"[:500])
+            self._mask_is_current = True
+
+    def _advance_text(self, token_ids: Sequence[int]) -> int:
+        for num_taken, token_id in enumerate(token_ids):
+            self._make_mask()
+            # By the mask, not by the matcher: a refused token is reported on stderr by the library, and never happens.
+            if token_id >= self._vocabulary.width or not (int(self._mask[0, token_id >> 5]) >> (token_id & 31)) & 1:
+                return num_taken
+            if not self._native.accept_token(token_id):
+                self.fail("xgrammar refused a token that its mask allowed")
+                return num_taken
+            self._mask_is_current = False
+        return len(token_ids)
+
+    def _rollback_text(self, num_tokens: int) -> None:
+        self._native.rollback(num_tokens)
+        self._mask_is_current = False
+
+    def _may_end(self) -> bool:
+        return bool(self._native.is_completed())
+
+    def _must_end(self) -> bool:
+        self._make_mask()
+        return not (self._mask[0] & self._vocabulary.text_row).any()
+
+
+def _ebnf_string(text: str) -> str:
+    """`text` as a GBNF string literal."""
+    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    return '"' + "".join(escapes.get(char, char if char.isprintable() else f"\\U{ord(char):08x}") for char in text) + '"'
+
+
+def _wrap_root(text: str) -> str:
+    import re
+
+    if not re.search(r"(?m)^\s*root\s*::=", text):
+        raise GrammarError("ebnf grammar: no rule `root`")
+    inner = "root_inner"
+    while re.search(rf"\b{inner}\b", text):
+        inner += "_"
+    # `root` as a whole word, outside of strings, character classes and comments.
+    pieces = re.split(r'("(?:[^"\\\n]|\\.)*"|\[(?:[^\]\\\n]|\\.)*\]|#[^\n]*)', text)
+    renamed = "".join(
+        piece if index % 2 else re.sub(r"(?<![\w-])root(?![\w-])", inner, piece) for index, piece in enumerate(pieces)
+    )
+    return f"root ::= {inner}\n{renamed}"
