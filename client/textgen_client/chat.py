@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -56,17 +56,20 @@ class Chat:
         self._messages.append({"role": "user", "content": line})
         shown: list[str] = []
         try:
-            stream = self._client.stream(messages=self._messages, timeout=self._timeout_s, **self._parameters)
-            with stream, _interrupt_closes(stream):
-                for chunk in stream:
-                    shown.append(chunk.text)
-                    sys.stdout.write(chunk.text)
-                    sys.stdout.flush()
+            with _CtrlC() as ctrl_c:
+                stream = self._client.stream(messages=self._messages, timeout=self._timeout_s, **self._parameters)
+                ctrl_c.closes(stream)
+                with stream:
+                    for chunk in stream:
+                        shown.append(chunk.text)
+                        sys.stdout.write(chunk.text)
+                        sys.stdout.flush()
             print()
         except RequestCancelled:
             print("\n(cancelled)")
         except TextgenError as error:
-            print()
+            if shown:
+                print()
             print(error, file=sys.stderr)
         if shown:
             self._messages.append({"role": "assistant", "content": "".join(shown)})
@@ -74,15 +77,27 @@ class Chat:
             self._messages.pop()
 
 
-@contextlib.contextmanager
-def _interrupt_closes(stream: Stream) -> Iterator[None]:
-    """Inside, Ctrl-C closes the stream. A KeyboardInterrupt could strike within gRPC's own bookkeeping instead."""
+class _CtrlC:
+    """Inside its `with`, Ctrl-C closes a stream; a KeyboardInterrupt could strike within gRPC's own bookkeeping."""
 
-    def close(_signum: int, _frame: FrameType | None) -> None:
-        stream.close()
+    def __init__(self) -> None:
+        self._pressed = False
+        self._stream: Stream | None = None
 
-    before = signal.signal(signal.SIGINT, close)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def closes(self, stream: Stream) -> None:
+        """From now on Ctrl-C closes this stream; at once if it was pressed before."""
+        self._stream = stream
+        if self._pressed:
+            stream.close()
+
+    def __enter__(self) -> _CtrlC:
+        self._before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, _signum: int, _frame: FrameType | None) -> None:
+        self._pressed = True
+        if self._stream is not None:
+            self._stream.close()

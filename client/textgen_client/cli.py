@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +18,7 @@ from textgen_client.channel import DEFAULT_MODEL, DEFAULT_URL, Tls
 from textgen_client.chat import Chat
 from textgen_client.client import Client
 from textgen_client.errors import TextgenError, ValidationError
-from textgen_client.results import Answer
+from textgen_client.results import Answer, Chunk
 
 app = typer.Typer(
     help="Talk to a triton-textgen server.",
@@ -82,15 +83,22 @@ def generate(
     text = _standard_input() if prompt == "-" else prompt
     asked = _parameters(max_new_tokens, temperature, top_p, top_k, seed, stop, parameter)
     with _client(url, model, tls, tls_ca, header) as client:
-        if stream if stream is not None else not as_json:
+        if stream is None:  # several texts at once cannot be shown as they grow
+            stream = not as_json and asked.get("n", 1) == 1
+        if stream:
             with client.stream(text, timeout=timeout, **asked) as chunks:
-                for chunk in chunks:
-                    _print_json(chunk) if as_json else _print(chunk.text)
-            if not as_json:
-                _print("\n")
+                if as_json:
+                    _print_json_lines(chunks)
+                else:
+                    _print_as_it_comes(chunks)
         else:
             answer = client.generate(text, timeout=timeout, **asked)
-            _print_json(answer) if as_json else _print(answer.text + "\n")
+            if as_json:
+                _print_json(answer)
+            elif len(answer.choices) == 1:
+                _print(answer.text + "\n")
+            else:
+                _print("".join(f"[{choice.index}] {choice.text}\n" for choice in answer.choices))
 
 
 @app.command()
@@ -235,6 +243,23 @@ def _standard_input() -> str:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise ValidationError(f"standard input is not UTF-8: {error}") from None
+
+
+def _print_json_lines(chunks: Iterable[Chunk]) -> None:
+    for chunk in chunks:
+        _print_json(chunk)
+
+
+def _print_as_it_comes(chunks: Iterable[Chunk]) -> None:
+    """The text, and the end of its line, which a failure or Ctrl-C in mid-text must not swallow."""
+    begun = False
+    try:
+        for chunk in chunks:
+            begun = True
+            _print(chunk.text)
+    finally:
+        if begun:
+            _print("\n")
 
 
 def _print(text: str) -> None:

@@ -89,6 +89,12 @@ def test_models_health_cancel(triton: FakeTriton, textgen: Command) -> None:
     assert triton.calls[-1].request.id == "some-id"
 
 
+def test_several_choices_are_all_shown(triton: FakeTriton, textgen: Command) -> None:
+    triton.script = lambda request, call: iter([response(text_output=["a", "b"], final=True)])
+    assert textgen("generate", "hi", "-p", "n=2") == (0, "[0] a\n[1] b\n", "")
+    assert flag_of(triton.calls[-1].request, "stream") is False
+
+
 def test_ctrl_c_leaves_with_130(triton: FakeTriton, textgen: Command) -> None:
     triton.script = _slow
     process = textgen.start("generate", "slow")
