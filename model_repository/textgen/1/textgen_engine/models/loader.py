@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -18,6 +20,23 @@ from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, A
 from textgen_engine.config import ModelConfig
 from textgen_engine.errors import ModelLoadError
 from textgen_engine.kv_cache import LayerShape
+
+logger = logging.getLogger(__name__)
+
+# What transformers raises for a checkpoint it cannot make sense of.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    StrictDataclassError,
+)
+# What `layer_types` of a configuration may say: the kinds of attention that reach us as a keyword, not as a mask.
+_SERVED_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -55,31 +74,40 @@ def load_model(config: ModelConfig, backend: AttentionBackend) -> LoadedModel:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         dtype = _choose_dtype(config, hf_config)
         _check_memory(folder, dtype, device)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=hf_config,
             dtype=dtype,
             attn_implementation=bridge.ATTENTION_NAME,
             trust_remote_code=config.trust_remote_code,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below with their names
+            output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        eos_token_ids = _named_eos_token_ids(folder, hf_config.get_text_config())
     except ModelLoadError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        raise ModelLoadError(f"cannot load {folder}: {_first_line(error)}") from error
+    except _UNREADABLE as error:
+        raise ModelLoadError(f"cannot load {folder}: {_one_line(error)}") from error
+    _check_weights(folder, report)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise ModelLoadError(f"cannot load the tokenizer of {folder}: {_one_line(error)}") from error
+    if eos_token_ids is None:
+        eos_token_ids = tokenizer.eos_token_id
     model = model.to(device).eval().requires_grad_(False)
     text_config = hf_config.get_text_config()
     takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        layers=_probe_layers(model, backend, device, takes_rows),
+        layers=_probe_layers(model, text_config, backend, device, takes_rows),
         dtype=dtype,
         device=device,
         vocab_size=text_config.vocab_size,
-        max_positions=getattr(text_config, "max_position_embeddings", None) or 1 << 30,
-        eos_token_ids=_eos_token_ids(folder, text_config, tokenizer),
+        max_positions=_max_positions(text_config),
+        eos_token_ids=_as_set(eos_token_ids),
         takes_logits_rows=takes_rows,
     )
 
@@ -98,7 +126,7 @@ def check_checkpoint(folder: Path) -> None:
             with safe_open(shard, framework="pt") as opened:
                 opened.keys()  # reads the header and compares it with the size of the file
         except (SafetensorError, OSError) as error:
-            raise ModelLoadError(f"{shard} is damaged: {_first_line(error)}") from error
+            raise ModelLoadError(f"{shard} is damaged: {_one_line(error)}") from error
 
 
 def _choose_dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:
@@ -128,18 +156,52 @@ def _check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> Non
         )
 
 
-def _eos_token_ids(folder: Path, text_config: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every id that generation_config, config or tokenizer names as the end; the first that names any wins."""
-    named: Any = None
+def _check_weights(folder: Path, report: Any) -> None:
+    """Refuse a checkpoint that lacks weights: transformers would make them up, and the model would talk nonsense."""
+    mismatched = [
+        f"{name} ({_shape(given)} in the checkpoint, {_shape(wanted)} in the model)"
+        for name, given, wanted in sorted(report["mismatched_keys"])
+    ]
+    for problem, names in (("lacks", sorted(report["missing_keys"])), ("has weights of another shape:", mismatched)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ModelLoadError(f"{folder} {problem} {names[0]}{more}: incomplete, or config.json is another model's")
+
+
+def _shape(size: Any) -> str:
+    return "x".join(str(length) for length in size)
+
+
+def _max_positions(text_config: Any) -> int:
+    """The longest sequence the architecture allows.
+
+    Some rotary embeddings (dynamic, longrope) depend on the longest sequence in the step once it exceeds the length
+    of pretraining: neighbours would change one another's tokens, and cached keys would no longer fit. Up to that
+    length they do not, so it is the limit.
+    """
+    limit = int(getattr(text_config, "max_position_embeddings", None) or 1 << 30)
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):  # one record, or one per type of layer
+        if isinstance(parameters, dict) and parameters.get("rope_type") in ("dynamic", "longrope"):
+            pretrained = parameters.get("original_max_position_embeddings") or limit
+            if pretrained < limit:
+                logger.warning("%s rotary embedding: %d positions of %d", parameters["rope_type"], pretrained, limit)
+                limit = pretrained
+    return limit
+
+
+def _named_eos_token_ids(folder: Path, text_config: Any) -> Any:
+    """What generation_config, else config, names as the end: an id, a list of ids, or None."""
+    named = None
     if (folder / "generation_config.json").is_file():
         named = GenerationConfig.from_pretrained(folder).eos_token_id
-    if named is None:
-        named = getattr(text_config, "eos_token_id", None)
-    if named is None:
-        named = tokenizer.eos_token_id
-    if named is None:
+    return getattr(text_config, "eos_token_id", None) if named is None else named
+
+
+def _as_set(ids: Any) -> frozenset[int]:
+    if ids is None:
         return frozenset()
-    return frozenset(named if isinstance(named, list) else [named])
+    return frozenset(ids if isinstance(ids, list) else [ids])
 
 
 class _LayerProbe(AttentionBackend):
@@ -172,9 +234,13 @@ class _LayerProbe(AttentionBackend):
 
 
 def _probe_layers(
-    model: torch.nn.Module, backend: AttentionBackend, device: torch.device, takes_rows: bool
+    model: torch.nn.Module, text_config: Any, backend: AttentionBackend, device: torch.device, takes_rows: bool
 ) -> list[LayerShape]:
     """Run one token through the model to see what its attention layers store; checks that the backend serves them."""
+    layer_types = getattr(text_config, "layer_types", None) or []
+    for layer_type in layer_types:
+        if layer_type not in _SERVED_LAYER_TYPES:
+            raise ModelLoadError(f"{type(model).__name__} cannot be served: it has layers of type {layer_type}")
     probe = _LayerProbe()
     empty = torch.zeros(0, dtype=torch.int64, device=device)
     metadata = AttentionMetadata(1, [1], [1], empty, empty, empty, [], [])
@@ -191,13 +257,14 @@ def _probe_layers(
                 **keywords,
             )
     except (NotImplementedError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ModelLoadError(f"{type(model).__name__} cannot be served: {_first_line(error)}") from error
+        raise ModelLoadError(f"{type(model).__name__} cannot be served: {_one_line(error)}") from error
     if sorted(probe.shapes) != list(range(len(probe.shapes))) or not probe.shapes:
         raise ModelLoadError(f"{type(model).__name__} cannot be served: its layers do not use transformers' attention")
+    if "sliding_attention" in layer_types and text_config.sliding_window and not probe.features.sliding_window:
+        raise ModelLoadError(f"{type(model).__name__} cannot be served: its sliding window is only in its masks")
     backend.check(probe.features)
     return [probe.shapes[layer] for layer in range(len(probe.shapes))]
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
