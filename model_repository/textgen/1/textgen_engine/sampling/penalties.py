@@ -177,27 +177,16 @@ class Penalties:
         suppressed_ids: Sequence[int],
         suppressed_until: int,
     ) -> None:
-        """Start remembering for `slot`, as if `output_ids` had been produced under it."""
+        """Start remembering for `slot`, as if `output_ids` had been produced under it. All or nothing on an error."""
         options = self._read_options(params, suppressed_ids, suppressed_until)
         self._options[slot] = options
         if not options.edits:
             return
-        if options.penalizes_repetition:
-            seen = self._seen.claim(slot)
-            for ids in (prompt_ids, output_ids):
-                seen[valid_ids(ids, self._vocab_size, self._device)] = -1
-        if options.counts_output:
-            produced = valid_ids(output_ids, self._vocab_size, self._device)
-            self._counts.claim(slot).index_add_(0, produced, torch.ones(len(produced), device=self._device))
-        if params.allowed_token_ids is not None:
-            allowed = valid_ids(params.allowed_token_ids, self._vocab_size, self._device)
-            self._allowed.claim(slot)[allowed] = 0.0
-        if options.tail_length:
-            self._tails.widen(options.tail_length)
-            tail = self._tails.claim(slot)
-            last = [*prompt_ids[-len(tail) :], *output_ids[-len(tail) :]][-len(tail) :]
-            if last:
-                tail[len(tail) - len(last) :] = torch.tensor(last, dtype=torch.int64, device=self._device)
+        try:
+            self._start_history(slot, options, prompt_ids, output_ids)
+        except Exception:  # most likely out of memory: the slot must not stay half taken
+            self.remove(slot)
+            raise
 
     def remove(self, slot: int) -> None:
         """Forget the slot."""
@@ -288,6 +277,26 @@ class Penalties:
             tails = self._tails.tensor.index_select(0, plan.tailed_state)
             tails = torch.cat((tails[:, 1:], plan.tailed.take(token_ids)[:, None]), dim=1)
             self._tails.tensor.index_copy_(0, plan.tailed_state, tails)
+
+    def _start_history(
+        self, slot: int, options: _SlotOptions, prompt_ids: Sequence[int], output_ids: Sequence[int]
+    ) -> None:
+        if options.penalizes_repetition:
+            seen = self._seen.claim(slot)
+            for ids in (prompt_ids, output_ids):
+                seen[valid_ids(ids, self._vocab_size, self._device)] = -1
+        if options.counts_output:
+            produced = valid_ids(output_ids, self._vocab_size, self._device)
+            self._counts.claim(slot).index_add_(0, produced, torch.ones(len(produced), device=self._device))
+        if options.params.allowed_token_ids is not None:
+            allowed = valid_ids(options.params.allowed_token_ids, self._vocab_size, self._device)
+            self._allowed.claim(slot)[allowed] = 0.0
+        if options.tail_length:
+            self._tails.widen(options.tail_length)
+            tail = self._tails.claim(slot)
+            last = [*prompt_ids[-len(tail) :], *output_ids[-len(tail) :]][-len(tail) :]
+            if last:
+                tail[len(tail) - len(last) :] = torch.tensor(last, dtype=torch.int64, device=self._device)
 
     def _read_options(
         self, params: SamplingParams, suppressed_ids: Sequence[int], suppressed_until: int
