@@ -41,10 +41,14 @@ def llama(checkpoint: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture
-def new_engine(llama: Path) -> Callable[..., Harness]:
-    """A fresh engine; options are those of tiny.make_config."""
+def new_engine(llama: Path) -> Iterator[Callable[..., Harness]]:
+    """Makes fresh engines; options are those of tiny.make_config."""
+    made: list[Harness] = []
 
     def make(model: Path | None = None, **options: Any) -> Harness:
-        return Harness(make_config(model or llama, **options))
+        made.append(Harness(make_config(model or llama, **options)))
+        return made[-1]
 
-    return make
+    yield make
+    for harness in made:
+        harness.close()

@@ -226,6 +226,11 @@ class Harness:
         for output in report.outputs:
             self.answers.setdefault(output.request_id, Answer()).add(output)
 
+    def close(self) -> None:
+        """End the engine's threads."""
+        self.engine.stop()
+        self.engine.run()
+
     @property
     def num_preemptions(self) -> int:
         return sum(report.metrics.num_preemptions for report in self.reports if report.metrics)

@@ -30,6 +30,7 @@ from textgen_engine.errors import (
     EngineFailure,
     GrammarError,
     InvalidParameter,
+    PromptTooLong,
 )
 from textgen_engine.grammar import CompiledGrammar, GrammarCompiler, grammar_limits
 from textgen_engine.kv_cache import KVCache
@@ -201,7 +202,7 @@ class Engine:
         """One turn of the loop; False when there was nothing to run."""
         now_s = time.monotonic()
         report = StepReport(metrics=StepMetrics())
-        self._take_arrivals()
+        self._take_arrivals(report)
         self._take_cancellations(report)
         self._expire(now_s, report)
         self._take_grammars(report)
@@ -409,13 +410,21 @@ class Engine:
 
     # ---- arrivals and departures -------------------------------------------------------------------------------
 
-    def _take_arrivals(self) -> None:
+    def _take_arrivals(self, report: StepReport) -> None:
         with self._wake:
             arrivals, self._arrivals = self._arrivals, deque()
         for request in arrivals:
             if request.bad_words:
                 request = self._with_bad_word_ids(request)
             room = self.info.max_total_tokens - len(request.prompt_token_ids)
+            if room < 1:
+                # Whoever submitted it checked, but perhaps with the limits of an engine that had more memory and died.
+                error = PromptTooLong(
+                    f"the prompt has {len(request.prompt_token_ids)} tokens; prompt and new tokens together may have "
+                    f"{self.info.max_total_tokens}"
+                )
+                report.outputs.append(TokenOutput(request.request_id, error=error, is_last=True))
+                continue
             wanted = request.stopping.max_new_tokens
             live = _LiveRequest(request, Timings(request.arrival_s), room if wanted is None else min(wanted, room))
             self._live[request.request_id] = live
