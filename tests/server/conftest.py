@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from ..running_server import RunningServer as RunningServer
+from ..running_server import RunningServer
+from .wire import Wire
+
+Connect = Callable[[RunningServer], Wire]
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    """`connect(server)`: a `Wire` to it, closed when the test ends."""
+    with contextlib.ExitStack() as stack:
+        yield lambda running: stack.enter_context(contextlib.closing(Wire(running)))
+
+
+@pytest.fixture
+def wire(server: RunningServer, connect: Connect) -> Wire:
+    """A `Wire` to the shared server."""
+    return connect(server)
 
 
 @pytest.fixture
