@@ -4,7 +4,8 @@ Knows messages, not their meaning. `EngineClient` is the caller's side; `main` i
 socket pair: the child ends when its end of the pair does, so a killed caller leaves no engine behind.
 
 When the engine dies (killed, crashed, out of memory, hung): requests that had started get one EngineFailure each,
-those that had not are kept, a new engine is started in place, and the kept ones are submitted to it.
+those that had not are kept, a new engine is started in place, and the kept ones are submitted to it (but not to a
+third one).
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 _RESTART_WINDOW_S = 600.0
 _STOP_TIMEOUT_S = 10.0
 _POLL_S = 0.1
+# A queued request that was there when so many engines died may be what kills them: it is not given to another one.
+_MAX_DEATHS = 2
 
 
 class EngineState(Enum):
@@ -62,6 +65,8 @@ class EngineState(Enum):
 class _Pending:
     request: GenerationRequest
     started: bool = False
+    cancelled: bool = False
+    num_deaths: int = 0  # engines that died while it was in their queue
 
 
 class EngineClient:
@@ -110,12 +115,15 @@ class EngineClient:
     def cancel(self, request_id: str) -> None:
         """End a request; its last output is a Cancelled error. Unknown or ended: nothing."""
         with self._lock:
+            pending = self._pending.get(request_id)
+            if pending is None:
+                return
             if self._state is EngineState.READY:
+                pending.cancelled = True  # remembered, for the message is lost if the engine has just died
                 self._outbox.put(_Cancel(request_id))
                 return
-            known = self._pending.pop(request_id, None)
-        if known is not None:
-            self._report_errors([request_id], Cancelled("ended before it was complete"))
+            del self._pending[request_id]
+        self._report_errors([request_id], Cancelled("ended before it was complete"))
 
     def stop(self) -> None:
         """End the process; requests still pending get a NotReady error. Idempotent."""
@@ -133,7 +141,7 @@ class EngineClient:
                 process.wait()
         if self._supervisor.is_alive():
             self._supervisor.join(_STOP_TIMEOUT_S)
-        self._fail_pending(NotReady("the server is stopping"), only_started=False)
+        self._take_out(lambda _: True, NotReady("the server is stopping"))
 
     # ---- the supervisor's thread -------------------------------------------------------------------------------
 
@@ -146,7 +154,14 @@ class EngineClient:
                 self._state = EngineState.RESTARTING
             logger.error("the engine %s; live requests fail, a new engine is started", reason)
             self._end_process()
-            self._fail_pending(EngineFailure(f"the engine {reason}"), only_started=True)
+            self._take_out(lambda pending: pending.cancelled, Cancelled("ended before it was complete"))
+            with self._lock:
+                for pending in self._pending.values():
+                    pending.num_deaths += 1
+            self._take_out(
+                lambda pending: pending.started or pending.num_deaths >= _MAX_DEATHS,
+                EngineFailure(f"the engine {reason}"),
+            )
             if not self._restart():
                 return
 
@@ -198,7 +213,7 @@ class EngineClient:
                 with self._lock:
                     self._state = EngineState.FAILED
                 logger.error("the engine was restarted %d times within ten minutes: given up", len(self._restarts))
-                self._fail_pending(NotReady("the engine keeps failing and is not restarted"), only_started=False)
+                self._take_out(lambda _: True, NotReady("the engine keeps failing and is not restarted"))
                 return False
             self._restarts.append(now_s)
             self.num_restarts += 1
@@ -219,15 +234,19 @@ class EngineClient:
         package_folder = str(Path(__file__).resolve().parent.parent)
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_folder, environment.get("PYTHONPATH")]))
-        with theirs:
-            self._process = subprocess.Popen(
-                [_python(), "-m", "textgen_engine.process", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-            )
         self._connection = connection = Connection(ours.detach())
-        connection.send(self._config)
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [_python(), "-m", "textgen_engine.process", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                )
+            connection.send(self._config)
+        except OSError as error:  # no memory for a process, or it died at once
+            self._end_process()
+            raise ModelLoadError(f"cannot start the engine process: {error}") from error
         info = self._wait_ready(connection)
         with self._lock:
             self._outbox = queue.SimpleQueue()
@@ -260,6 +279,7 @@ class EngineClient:
         raise problem
 
     def _end_process(self) -> None:
+        self._outbox.put(None)  # ends the writer's thread
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -270,22 +290,18 @@ class EngineClient:
 
     def _expire_pending(self) -> None:
         now_s = time.monotonic()
-        with self._lock:
-            expired = [
-                request_id
-                for request_id, pending in self._pending.items()
-                if pending.request.deadline_s is not None and pending.request.deadline_s <= now_s
-            ]
-            for request_id in expired:
-                del self._pending[request_id]
-        self._report_errors(expired, DeadlineExceeded("the engine was restarting when the request's time was up"))
+        self._take_out(
+            lambda pending: pending.request.deadline_s is not None and pending.request.deadline_s <= now_s,
+            DeadlineExceeded("the engine was restarting when the request's time was up"),
+        )
 
-    def _fail_pending(self, error: EngineError, *, only_started: bool) -> None:
+    def _take_out(self, concerns: Callable[[_Pending], bool], error: EngineError) -> None:
+        """End the pending requests that `concerns` picks with the error."""
         with self._lock:
-            failed = [i for i, pending in self._pending.items() if pending.started or not only_started]
-            for request_id in failed:
+            request_ids = [request_id for request_id, pending in self._pending.items() if concerns(pending)]
+            for request_id in request_ids:
                 del self._pending[request_id]
-        self._report_errors(failed, error)
+        self._report_errors(request_ids, error)
 
     def _report_errors(self, request_ids: list[str], error: EngineError) -> None:
         if request_ids:
