@@ -120,9 +120,7 @@ class LlguidanceBackend:
         text = spec.value if spec.kind == "lark" else self._lark_of_ebnf(spec.value)
         return str(native.grammar_from_lark(text))
 
-    def _schema_grammar(
-        self, spec: GrammarSpec, prepared: PreparedSchema, extra: dict[str, Any] | None = None
-    ) -> str:
+    def _schema_grammar(self, spec: GrammarSpec, prepared: PreparedSchema, extra: dict[str, Any] | None = None) -> str:
         options: dict[str, Any] = {"json_allow_general_unicode_escapes": True, **(extra or {})}
         if spec.whitespace == "bounded":
             options["whitespace_pattern"] = BOUNDED_WHITESPACE

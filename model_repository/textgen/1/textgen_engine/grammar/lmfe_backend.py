@@ -106,8 +106,8 @@ class LmfeGrammar:
 class LmfeMatcher(TextMatcher):
     """Implements base.GrammarMatcher over a worker.
 
-    `advance` of one token checks it against the mask at hand and only sends it; the worker makes the next mask while the
-    engine runs the model. `ready` says whether that mask has come; whoever asks for it earlier waits, at most
+    `advance` of one token checks it against the mask at hand and only sends it; the worker makes the next mask while
+    the engine does other things. `ready` says whether that mask has come; whoever asks for it earlier waits, at most
     step_timeout_s.
     """
 

@@ -1,12 +1,13 @@
 """The lm-format-enforcer side of a worker process: one grammar, one text.
 
 The only file that imports `lmformatenforcer` (never its `integrations`, which do not import beside transformers 5).
-The library is pure Python, works out each mask by walking the vocabulary as a tree, and keeps every prefix it has seen;
-so each text has a process of its own, and everything goes when the text is done.
+The library is pure Python and works out each mask by walking the vocabulary as a tree, for milliseconds to seconds; so
+each text has a process of its own, beside the engine's, and everything goes when the text is done.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -15,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from textgen_engine.errors import GrammarError
 from textgen_engine.grammar.base import grammar_error
+from textgen_engine.grammar.json_lexer import TextTables, TextTracker
 from textgen_engine.grammar.vocabulary import Vocabulary, pack_bits
 
 _WHITESPACE = b" \t\n\r"
@@ -61,11 +62,18 @@ def prepare(vocabulary: Vocabulary) -> Callable[[], LmfeSession]:
             text = piece.decode(errors="replace")
             tokens.append((token_id, text, "\ufffd" not in text))
 
-    def decode(token_ids: list[int]) -> str:
-        text = b"".join(pieces[i] or b"" for i in token_ids).decode(errors="replace")
-        return text.rstrip("\ufffd")
+    alphabet = {text[0] for _, text, _ in tokens}
 
-    library_data = TokenEnforcerTokenizerData(tokens, decode, vocabulary.eos_token_ids[0], True, vocabulary.num_words * 32)
+    def decode(token_ids: list[int]) -> str:
+        # Only whole characters. One that no token begins with is unknown to the library's parsers; where they allow
+        # pieces of characters (U+FFFD) they allow any such character.
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        text = decoder.decode(b"".join(pieces[i] or b"" for i in token_ids))
+        return "".join(char if char in alphabet else "\ufffd" for char in text)
+
+    library_data = TokenEnforcerTokenizerData(
+        tokens, decode, vocabulary.eos_token_ids[0], True, vocabulary.num_words * 32
+    )
     tables = _Tables(vocabulary, library_data)
     return lambda: LmfeSession(tables)
 
@@ -87,33 +95,27 @@ class _Tables:
     def __init__(self, vocabulary: Vocabulary, library_data: Any) -> None:
         self.vocabulary = vocabulary
         self.library_data = library_data
-        num_bits = vocabulary.num_words * 32
-        blank = np.zeros(num_bits, dtype=np.uint8)
-        continuations: dict[int, list[int]] = {1: [], 2: [], 3: []}
+        self.text = TextTables(vocabulary, exponents=False)
+        blank = np.zeros(vocabulary.num_words * 32, dtype=np.uint8)
         for token_id, piece in enumerate(vocabulary.token_bytes):
-            if not piece or token_id in vocabulary.special_token_ids or token_id >= num_bits:
-                continue
-            blank[token_id] = all(byte in _WHITESPACE for byte in piece)
-            if len(piece) <= 3 and all(0x80 <= byte < 0xC0 for byte in piece):
-                for missing in range(len(piece), 4):
-                    continuations[missing].append(token_id)
+            if piece and token_id not in vocabulary.special_token_ids:
+                blank[token_id] = all(byte in _WHITESPACE for byte in piece)
         self.blank_row = pack_bits(blank)
-        self.continuation_rows = {}
-        for missing, token_ids in continuations.items():
-            bits = np.zeros(num_bits, dtype=np.uint8)
-            bits[token_ids] = 1
-            self.continuation_rows[missing] = pack_bits(bits)
 
 
 class LmfeSession:
-    """One text. `open` first; then `advance` and `rollback`, each answering with the new state."""
+    """One text. `open` first; then `advance` and `rollback`, each answering with the new state.
+
+    The library's own entry point keeps a table of every prefix it has seen, O(n) work and memory per token. The states
+    behind it need the last one only, so they are kept here, as a stack.
+    """
 
     def __init__(self, tables: _Tables) -> None:
         self._tables = tables
         self._enforcer: Any = None
         self._is_json = False
-        # The library takes the first sequence it sees for a prompt; a special token never is part of the text.
-        self._token_ids = [tables.vocabulary.eos_token_ids[0]]
+        self._tracker = TextTracker(tables.text, is_json=False)
+        self._states: list[Any] = []  # before each token and after the last
 
     def open(self, job: LmfeJob) -> LmfeState:
         """Compile. Raises GrammarError."""
@@ -121,25 +123,24 @@ class LmfeSession:
         from lmformatenforcer.characterlevelparser import CharacterLevelParserConfig
         from lmformatenforcer.jsonschemaparser import JsonSchemaParser
 
-        config = CharacterLevelParserConfig(
-            alphabet=self._tables.library_data.tokenizer_alphabet, max_consecutive_whitespaces=job.max_whitespace
-        )
+        alphabet = self._tables.library_data.tokenizer_alphabet
+        unknown = next((char for char in job.value if not char.isascii() and char not in alphabet), None)
+        if unknown is not None:
+            raise grammar_error(f"lmfe cannot enforce the character {unknown!r}: the tokenizer has no token for it")
+        config = CharacterLevelParserConfig(alphabet=alphabet, max_consecutive_whitespaces=job.max_whitespace)
+        self._is_json = job.kind == "json"
+        self._tracker = TextTracker(self._tables.text, is_json=self._is_json)
         try:
-            if job.kind == "json":
-                schema = json.loads(job.value)
-                parser = JsonSchemaParser(schema if schema else None, config)
+            if self._is_json:
+                parser = JsonSchemaParser(json.loads(job.value) or None, config)
             elif job.kind == "regex":
                 parser = RegexParser(job.value, config)
             else:
                 parser = UnionParser([StringParser(text) for text in json.loads(job.value)])
-            self._is_json = job.kind == "json"
             self._enforcer = TokenEnforcer(self._tables.library_data, parser)
-            if self._is_json:
-                # The enforcer puts its own configuration over the parser's.
-                parser.config = config
+            parser.config = config  # the enforcer has put its own in
+            self._push(TokenEnforcer.OutputTensorState(parser=parser))
             return self._state()
-        except GrammarError:
-            raise
         except Exception as error:
             raise grammar_error(f"lmfe cannot enforce this: {type(error).__name__}: {error}") from None
 
@@ -150,44 +151,32 @@ class LmfeSession:
             word = np.frombuffer(state.row, dtype=np.int32)[token_id >> 5]
             if not (int(word) >> (token_id & 31)) & 1:
                 return num_taken, state
-            self._token_ids.append(token_id)
+            self._tracker.advance(token_id)
+            self._push(self._enforcer._apply_new_characters(self._states[-1], [token_id]))
             state = self._state()
         return len(token_ids), state
 
     def rollback(self, num_tokens: int) -> LmfeState:
-        del self._token_ids[len(self._token_ids) - num_tokens :]
+        del self._states[len(self._states) - num_tokens :]
+        self._tracker.rollback(num_tokens)
         return self._state()
+
+    def _push(self, state: Any) -> None:
+        if type(state.parser).__name__ == "ForceStopParser":
+            raise RuntimeError("lm-format-enforcer refused a token that its mask allowed")
+        self._enforcer._compute_allowed_tokens((), state)
+        self._states.append(state)
 
     def _state(self) -> LmfeState:
         tables = self._tables
-        row = self._enforcer.get_allowed_tokens(self._token_ids).allowed_tokens.numpy().copy()
-        may_end = bool((row & tables.vocabulary.eos_row).any())
+        row = self._states[-1].allowed_tokens.allowed_tokens.numpy().copy()
+        may_end = bool((row & tables.vocabulary.eos_row).any()) and self._tracker.is_whole()
         row &= tables.vocabulary.text_row
-        missing = self._missing_bytes()
-        if missing:
-            # The library sees half a character as any character would do; only its other half does.
-            row &= tables.continuation_rows[missing]
-            may_end = False
+        row &= self._tracker.row()
         # Behind the value the library allows blanks on and on; a JSON text is complete without them.
         must_end = may_end and (not row.any() or (self._is_json and not (row & ~tables.blank_row).any()))
         if must_end:
             row[:] = 0
-        if len(self._token_ids) == 1 and self._is_json:
+        if len(self._states) == 1 and self._is_json:
             row &= ~tables.blank_row  # no blanks before the value
         return LmfeState(row.tobytes(), may_end, must_end)
-
-    def _missing_bytes(self) -> int:
-        """Continuation bytes the last character of the text still needs."""
-        tail = b""
-        for token_id in reversed(self._token_ids[1:]):
-            tail = (self._tables.vocabulary.token_bytes[token_id] or b"") + tail
-            if len(tail) >= 4:
-                break
-        for back in range(1, min(4, len(tail)) + 1):
-            byte = tail[-back]
-            if byte < 0x80:
-                return 0
-            if byte >= 0xC0:
-                length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-                return max(0, length - back)
-        return 0

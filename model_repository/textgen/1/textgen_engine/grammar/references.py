@@ -69,7 +69,9 @@ class SchemaDocument:
         """A `$dynamicRef`, where it means the same as `$ref`: its anchor exists once. Raises GrammarError."""
         name = reference.rsplit("#", 1)[-1]
         if len(self._dynamic_anchors.get(name, [])) > 1:
-            raise GrammarError(f"JSON schema: '$dynamicRef' with several anchors is not supported at {place.pointer[:200]}")
+            raise GrammarError(
+                f"JSON schema: '$dynamicRef' with several anchors is not supported at {place.pointer[:200]}"
+            )
         return self.resolve(place, reference)
 
     def _index(self, root: Place) -> None:

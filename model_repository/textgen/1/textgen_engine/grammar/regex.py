@@ -67,6 +67,28 @@ def _check_with_python(pattern: str) -> None:
         raise GrammarError(f"regex: too complex: {str(error)[:200]}") from None
 
 
+def unsupported_in_pattern(pattern: str) -> str | None:
+    """What no backend can enforce in a JSON Schema `pattern` (ECMA 262), in words; None where all is well."""
+    position, in_class = 0, False
+    while position < len(pattern):
+        char = pattern[position]
+        if char == "\\":
+            escaped = pattern[position + 1 : position + 2]
+            if not in_class and escaped in ("b", "B"):
+                return f"word boundary \\{escaped} at position {position}"
+            if not in_class and escaped and escaped in "123456789k":
+                return f"back-reference at position {position}"
+            position += 1
+        elif in_class:
+            in_class = char != "]"
+        elif char == "[":
+            in_class = True
+        elif re.match(r"\(\?(?:[=!>]|<[=!])", pattern[position:]):
+            return f"look-around at position {position}"
+        position += 1
+    return None
+
+
 class _Translator:
     """One pass over a pattern, left to right, outside and inside character classes."""
 

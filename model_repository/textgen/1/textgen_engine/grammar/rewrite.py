@@ -23,7 +23,7 @@ from textgen_engine.errors import GrammarError
 from textgen_engine.grammar.base import GrammarLimits, GrammarSpec, grammar_error
 from textgen_engine.grammar.json_schema import map_children
 from textgen_engine.grammar.references import Place, SchemaDocument
-from textgen_engine.grammar.regex import escape_regex
+from textgen_engine.grammar.regex import escape_regex, unsupported_in_pattern
 from textgen_engine.grammar.schema_sets import (
     FALSE,
     FULL,
@@ -34,6 +34,7 @@ from textgen_engine.grammar.schema_sets import (
     Branch,
     Expr,
     Inexpressible,
+    Keys,
     Leaf,
     NullBranch,
     NumberBranch,
@@ -42,7 +43,6 @@ from textgen_engine.grammar.schema_sets import (
     StringBranch,
     Values,
     canonical,
-    complement,
     conjunction,
     finite_numbers,
     plain_number,
@@ -50,9 +50,7 @@ from textgen_engine.grammar.schema_sets import (
 from textgen_engine.grammar.tools import tool_call_schema
 
 # Formats every backend that asserts formats knows by these names; others are annotations, as the standard has it.
-KNOWN_FORMATS = frozenset(
-    ["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"]
-)
+KNOWN_FORMATS = frozenset(["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"])
 _REWRITTEN = frozenset(
     [
         *("not", "oneOf", "if", "dependentRequired", "dependentSchemas", "dependencies"),
@@ -149,7 +147,9 @@ def prepare_schema(
     return PreparedSchema(schema, [*warnings, *rebuilder.warnings], or_plain_text, rebuilt=True)
 
 
-def _clean(content: dict[str, Any], capabilities: Capabilities, *, is_lenient: bool) -> tuple[dict[str, Any], list[str]]:
+def _clean(
+    content: dict[str, Any], capabilities: Capabilities, *, is_lenient: bool
+) -> tuple[dict[str, Any], list[str]]:
     """A copy without unknown formats, `.0` on whole numbers, and keywords that mean nothing where they stand."""
     warnings: dict[str, None] = {}
 
@@ -165,8 +165,10 @@ def _clean(content: dict[str, Any], capabilities: Capabilities, *, is_lenient: b
         for key in ("then", "else"):
             if "if" not in changed:
                 changed.pop(key, None)
-        if "if" in changed and "then" not in changed and "else" not in changed:
-            del changed["if"]
+        if "then" not in changed and "else" not in changed and not has_annotations:
+            changed.pop("if", None)
+        if is_old and "$ref" in changed:  # up to draft 7 nothing beside a reference counts
+            changed = {key: value for key, value in changed.items() if key in _IDENTIFIERS or key == "$ref"}
         if changed.get("uniqueItems") is False:
             del changed["uniqueItems"]
         if "contains" not in changed:
@@ -185,14 +187,9 @@ def _clean(content: dict[str, Any], capabilities: Capabilities, *, is_lenient: b
             del changed["uniqueItems"]
         return changed
 
-    cleaned = clean(content)
-    if "$ref" in cleaned and _is_old(cleaned):
-        cleaned = {key: value for key, value in cleaned.items() if key in _IDENTIFIERS or key == "$ref"}
-    return cleaned, list(warnings)
-
-
-def _is_old(root: dict[str, Any]) -> bool:
-    return SchemaDocument({"$schema": root.get("$schema", "")}).is_old_draft
+    is_old = SchemaDocument({"$schema": content.get("$schema", "")}).is_old_draft
+    has_annotations = "unevaluated" in json.dumps(content)
+    return clean(content), list(warnings)
 
 
 class _Rebuilder:
@@ -235,7 +232,9 @@ class _Rebuilder:
             node = expr.place.node
             if isinstance(node, bool) or node == {}:
                 return {} if node is not False else False
-            if "$ref" in node and (self._document.is_old_draft or not set(node) - _IDENTIFIERS - _ANNOTATIONS - {"$ref"}):
+            if "$ref" in node and (
+                self._document.is_old_draft or not set(node) - _IDENTIFIERS - _ANNOTATIONS - {"$ref"}
+            ):
                 return self._reference(Leaf(self._document.resolve(expr.place, node["$ref"])))
             if self._can.native and self._is_plain(expr.place):
                 return self._copy(expr.place)
@@ -261,7 +260,7 @@ class _Rebuilder:
     def _is_plain(self, place: Place) -> bool:
         """The backend takes this node as it is (its subschemas aside)."""
         node = place.node
-        if _REWRITTEN & set(node) or node.get("uniqueItems") or self._document.is_old_draft and "$ref" in node:
+        if _REWRITTEN & set(node) or node.get("uniqueItems") or (self._document.is_old_draft and "$ref" in node):
             return False
         if isinstance(node.get("exclusiveMinimum"), bool) or isinstance(node.get("exclusiveMaximum"), bool):
             return False
@@ -365,10 +364,14 @@ class _Rebuilder:
 
     def _of_string(self, branch: StringBranch, place: str) -> list[Any]:
         if branch.values is not None:
-            return [self._enum(sorted(branch.values), place)]
+            return [self._enum(self._sets.in_order(branch.values), place)]
         patterns = [*branch.patterns]
         if branch.excluded:
             patterns.append(f"^{pattern_of_all_but(branch.excluded)}$")
+        for pattern in patterns:
+            reason = unsupported_in_pattern(pattern)
+            if reason is not None:
+                raise Inexpressible("pattern", place, reason)
         if len(patterns) > 1 and not self._can.several_patterns:
             raise Inexpressible("pattern", place, "several at once")
         has_length = bool(branch.min_length) or branch.max_length is not None
@@ -481,9 +484,12 @@ class _Rebuilder:
         names = branch.declared()
         key_filter = self._key_filter(branch, place) if branch.names else None
         if isinstance(key_filter, frozenset):
-            names += sorted(key_filter - set(names))
-        patterned = [keys for keys in branch.keys if any(expr != TRUE for _, expr in keys.patterns) or (
-            keys.patterns and keys.additional != TRUE)]
+            names += self._sets.in_order(key_filter - set(names))
+        patterned = [
+            keys
+            for keys in branch.keys
+            if any(expr != TRUE for _, expr in keys.patterns) or (keys.patterns and keys.additional != TRUE)
+        ]
         if len(patterned) > 1 and any(keys.additional != TRUE for keys in patterned):
             raise Inexpressible("patternProperties", place, "of several schemas, not all open")
         base = conjunction(keys.additional for keys in branch.keys if keys not in patterned)
@@ -540,9 +546,7 @@ class _Rebuilder:
 
     def _key_filter(self, branch: ObjectBranch, place: str) -> frozenset[str] | str:
         """What names are allowed: a set of them, or one pattern. Raises Inexpressible."""
-        strings = [
-            one for one in self._sets.branches(conjunction(branch.names)) if isinstance(one, StringBranch)
-        ]
+        strings = [one for one in self._sets.branches(conjunction(branch.names)) if isinstance(one, StringBranch)]
         if all(one.values is not None for one in strings):
             return frozenset(value for one in strings for value in one.values or ())
         if len(strings) != 1:
@@ -601,8 +605,6 @@ def _choices(
 
 
 def _with_presence(branch: ObjectBranch, absent: Iterable[str], present: Iterable[str]) -> ObjectBranch:
-    from textgen_engine.grammar.schema_sets import Keys
-
     forbidden = tuple((name, FALSE) for name in absent)
     return replace(
         branch,
@@ -637,7 +639,3 @@ def pattern_of_all_but(texts: Iterable[str]) -> str:
 
 def _in_class(char: str) -> str:
     return "\\" + char if char in "\\]^[-&~/" else char
-
-
-__all__ = ["KNOWN_FORMATS", "LLGUIDANCE", "LMFE", "XGRAMMAR", "Capabilities", "PreparedSchema", "prepare_schema"]
-_ = complement

@@ -1,8 +1,8 @@
 """`Sandbox`: work that cannot be interrupted, in processes that can be killed.
 
-    engine process ──spawn──► template process            prepares once (a library, a tokenizer's tables), then only forks
-          │                      ├─fork──► worker 1       serves one job's calls, one at a time, over its own socket
-          └──one socket each──►  └─fork──► worker 2       killed when late; its memory dies with it
+    engine process ──spawn──► template process        prepares once (a library, a tokenizer's tables), then only forks
+          │                      ├─fork──► worker 1   serves one job's calls, one at a time, over its own socket
+          └──one socket each──►  └─fork──► worker 2   killed when late; its memory dies with it
 
 Forking from a prepared, single-threaded template makes a worker in milliseconds and shares the tables. The template
 owns its workers' process ids (it alone reaps them), so "kill worker 7" can never hit a stranger that got the number.

@@ -250,12 +250,17 @@ class SchemaSets:
     document: SchemaDocument
     max_branches: int
     warnings: dict[str, None] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)  # strings of const and enum, in the document's order
     _num_stricter: int = 0
     _stricter: set[tuple[Expr, bool]] = field(default_factory=set)
     _num_branches: int = 0
     _expanded: dict[tuple[Expr, bool], tuple[Branch, ...]] = field(default_factory=dict)
     _open: set[tuple[Expr, bool]] = field(default_factory=set)
     _empty: dict[Expr, bool] = field(default_factory=dict)
+
+    def in_order(self, values: Iterable[str]) -> list[str]:
+        """Strings of const and enum as the document has them."""
+        return sorted(values, key=lambda value: (self.ranks.get(value, len(self.ranks)), value))
 
     # Expansion
 
@@ -405,7 +410,7 @@ class SchemaSets:
                 others = [branch for branch in FULL if not isinstance(branch, ObjectBranch)]
                 present: tuple[Branch, ...] = (ObjectBranch(required=(name,)),)
                 if isinstance(needed, list):
-                    present = (ObjectBranch(required=tuple(dict.fromkeys([name, *needed]))),)
+                    present = (ObjectBranch(required=tuple(dict.fromkeys([*needed, name]))),)
                 else:
                     inner = self._leaf(place, (keyword, name), needed)
                     present = self.intersect(present, self.branches(inner, annotated))
@@ -426,6 +431,7 @@ class SchemaSets:
                 numbers.add(fraction(value))
             elif isinstance(value, str):
                 strings.add(value)
+                self.ranks.setdefault(value, len(self.ranks))
             elif isinstance(value, list):
                 items = tuple(Values((canonical(item),)) for item in value)
                 others.append(ArrayBranch(items, FALSE, len(items), len(items)))
@@ -623,7 +629,9 @@ class SchemaSets:
         if branch.excluded:
             yield NumberBranch(values=branch.excluded)
         if branch.multiple is not None:
-            self._warn_stricter(f"`not` at {place}: numbers that are no multiple of {_plain(branch.multiple)} are not made")
+            self._warn_stricter(
+                f"`not` at {place}: numbers that are no multiple of {_plain(branch.multiple)} are not made"
+            )
 
     def _complement_array(self, branch: ArrayBranch, place: str) -> Iterator[Branch]:
         if branch.unique:
@@ -739,9 +747,7 @@ class SchemaSets:
                 complete += sequences
             if len(sequences) > _MAX_UNIQUE_SEQUENCES or len(complete) > _MAX_UNIQUE_SEQUENCES:
                 raise Inexpressible("uniqueItems", place, "items of more than a few values")
-        return [
-            ArrayBranch(tuple(Values((text,)) for text in one), FALSE, len(one), len(one)) for one in complete
-        ]
+        return [ArrayBranch(tuple(Values((text,)) for text in one), FALSE, len(one), len(one)) for one in complete]
 
     def _positions_differ(self, prefix: Sequence[Expr]) -> bool:
         return all(self.is_empty(conjunction(pair)) for pair in combinations(prefix, 2))
@@ -756,7 +762,7 @@ class SchemaSets:
                 elif isinstance(branch, BooleanBranch):
                     texts += [canonical(value) for value in sorted(branch.values)]
                 elif isinstance(branch, StringBranch) and branch.values is not None:
-                    texts += [canonical(value) for value in sorted(branch.values)]
+                    texts += [canonical(value) for value in self.in_order(branch.values)]
                 elif isinstance(branch, NumberBranch) and (numbers := finite_numbers(branch, most)) is not None:
                     texts += [canonical(_plain(value)) for value in numbers]
                 else:
@@ -774,9 +780,7 @@ class SchemaSets:
         covered = branch.evaluated
         prefix = tuple(branch.item(i) for i in range(covered))
         tail = tuple(conjunction([expr, rest]) for expr in branch.prefix[covered:])
-        return replace(
-            branch, prefix=prefix + tail, rest=conjunction([branch.rest, rest]), evaluated=None
-        )
+        return replace(branch, prefix=prefix + tail, rest=conjunction([branch.rest, rest]), evaluated=None)
 
 
 def _unevaluated_properties(branch: Branch, rest: Expr) -> Branch | None:
@@ -849,7 +853,9 @@ def _meet_strings(left: StringBranch, right: StringBranch) -> StringBranch:
 
 def _meet_numbers(left: NumberBranch, right: NumberBranch) -> NumberBranch:
     low, low_open = max(
-        (left.low, left.low_open), (right.low, right.low_open), key=lambda b: (-math.inf if b[0] is None else b[0], b[1])
+        (left.low, left.low_open),
+        (right.low, right.low_open),
+        key=lambda b: (-math.inf if b[0] is None else b[0], b[1]),
     )
     high, high_open = min(
         (left.high, left.high_open),
@@ -859,7 +865,9 @@ def _meet_numbers(left: NumberBranch, right: NumberBranch) -> NumberBranch:
     multiple = left.multiple if right.multiple is None else right.multiple
     if left.multiple is not None and right.multiple is not None:
         multiple = _least_common_multiple(left.multiple, right.multiple)
-    values = left.values if right.values is None else right.values if left.values is None else left.values & right.values
+    values = (
+        left.values if right.values is None else right.values if left.values is None else left.values & right.values
+    )
     both = NumberBranch(low, low_open, high, high_open, multiple, values, left.excluded | right.excluded)
     if values is None:
         return both

@@ -17,6 +17,7 @@ import numpy as np
 
 from textgen_engine.errors import GrammarError, Unsupported
 from textgen_engine.grammar.base import GrammarLimits, GrammarSpec, MaskRow
+from textgen_engine.grammar.json_lexer import TextTables, TextTracker
 from textgen_engine.grammar.matcher import TextMatcher
 from textgen_engine.grammar.regex import to_rust_regex
 from textgen_engine.grammar.rewrite import XGRAMMAR, prepare_schema
@@ -40,6 +41,7 @@ class XgrammarBackend:
         self._vocabulary = vocabulary
         self._limits = limits
         self._info: Any = None
+        self._tables: TextTables | None = None
         self._info_lock = threading.Lock()
         self._sandbox = Sandbox(
             "textgen_engine.grammar.xgrammar_worker:prepare",
@@ -63,10 +65,11 @@ class XgrammarBackend:
         finally:
             worker.close()
         with self._info_lock:
-            if self._info is None:
+            if self._info is None or self._tables is None:
                 self._info = tokenizer_info(self._vocabulary)
+                self._tables = TextTables(self._vocabulary)
         compiled = xgrammar.CompiledGrammar.deserialize_json(serialised, self._info)
-        return XgrammarGrammar(self._vocabulary, compiled, warnings, size_bytes)
+        return XgrammarGrammar(self._tables, compiled, job.kind == "json", warnings, size_bytes)
 
     def close(self) -> None:
         self._sandbox.close()
@@ -81,7 +84,7 @@ class XgrammarBackend:
             alternatives = " | ".join(_ebnf_string(text) for text in json.loads(spec.value))
             return XgrammarJob("ebnf", "root ::= " + alternatives, None), ()
         if spec.kind == "ebnf":
-            # A root rule that refers to itself makes the library's masks and its matcher disagree: give it a rule above.
+            # A root rule that refers to itself makes the library's masks and its matcher disagree.
             return XgrammarJob("ebnf", _wrap_root(spec.value), None), ()
         prepared = prepare_schema(spec, XGRAMMAR, self._limits, rebuild=True)
         if prepared.or_plain_text:
@@ -93,9 +96,12 @@ class XgrammarBackend:
 class XgrammarGrammar:
     """Implements base.CompiledGrammar."""
 
-    def __init__(self, vocabulary: Vocabulary, compiled: Any, warnings: Sequence[str], size_bytes: int) -> None:
-        self._vocabulary = vocabulary
+    def __init__(
+        self, tables: TextTables, compiled: Any, is_json: bool, warnings: Sequence[str], size_bytes: int
+    ) -> None:
+        self._tables = tables
         self._compiled = compiled
+        self._is_json = is_json
         self.warnings = warnings
         self.size_bytes = size_bytes
 
@@ -103,15 +109,20 @@ class XgrammarGrammar:
         import xgrammar
 
         # The library's own end handling stays unused: after a stop token its matcher raises for good.
-        return XgrammarMatcher(self._vocabulary, xgrammar.GrammarMatcher(self._compiled))
+        return XgrammarMatcher(
+            xgrammar.GrammarMatcher(self._compiled),
+            TextTracker(self._tables, is_json=self._is_json),
+            self._tables.vocabulary,
+        )
 
 
 class XgrammarMatcher(TextMatcher):
     """Implements base.GrammarMatcher."""
 
-    def __init__(self, vocabulary: Vocabulary, native: Any) -> None:
+    def __init__(self, native: Any, tracker: TextTracker, vocabulary: Vocabulary) -> None:
         super().__init__(vocabulary)
         self._native = native
+        self._tracker = tracker
         self._mask = np.zeros((1, vocabulary.num_words), dtype=np.int32)
         self._mask_is_current = False
 
@@ -126,6 +137,7 @@ class XgrammarMatcher(TextMatcher):
                 self._native.fill_next_token_bitmask(self._mask, 0)
             except RuntimeError as error:
                 self.fail(f"xgrammar failed: {error}"[:500])
+            self._mask &= self._tracker.row()
             self._mask_is_current = True
 
     def _advance_text(self, token_ids: Sequence[int]) -> int:
@@ -137,11 +149,13 @@ class XgrammarMatcher(TextMatcher):
             if not self._native.accept_token(token_id):
                 self.fail("xgrammar refused a token that its mask allowed")
                 return num_taken
+            self._tracker.advance(token_id)
             self._mask_is_current = False
         return len(token_ids)
 
     def _rollback_text(self, num_tokens: int) -> None:
         self._native.rollback(num_tokens)
+        self._tracker.rollback(num_tokens)
         self._mask_is_current = False
 
     def _may_end(self) -> bool:
@@ -155,7 +169,9 @@ class XgrammarMatcher(TextMatcher):
 def _ebnf_string(text: str) -> str:
     """`text` as a GBNF string literal."""
     escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-    return '"' + "".join(escapes.get(char, char if char.isprintable() else f"\\U{ord(char):08x}") for char in text) + '"'
+    return (
+        '"' + "".join(escapes.get(char, char if char.isprintable() else f"\\U{ord(char):08x}") for char in text) + '"'
+    )
 
 
 def _wrap_root(text: str) -> str:
