@@ -14,6 +14,9 @@ CLIENT  := $(wildcard client/pyproject.toml)
 SOURCES := model_repository scripts tests $(if $(CLIENT),client)
 TYPED   := model_repository/textgen/1/textgen_engine model_repository/tokenizer/1/textgen_tokenizer scripts $(if $(CLIENT),client)
 
+# Threads that spin while they wait for each other crawl on a machine that does something else as well.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup serve test lint bench clean

@@ -20,6 +20,7 @@ from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, A
 from textgen_engine.config import ModelConfig
 from textgen_engine.errors import ModelLoadError
 from textgen_engine.kv_cache import LayerShape
+from textgen_engine.models.cpu_linear import replace_linears
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,8 @@ def load_model(config: ModelConfig, backend: AttentionBackend) -> LoadedModel:
     if eos_token_ids is None:
         eos_token_ids = tokenizer.eos_token_id
     model = model.to(device).eval().requires_grad_(False)
+    if device.type == "cpu":
+        logger.info("%s: %d linear layers for batched decoding on CPUs", type(model).__name__, replace_linears(model))
     text_config = hf_config.get_text_config()
     takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
     return LoadedModel(
