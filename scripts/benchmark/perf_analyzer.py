@@ -18,6 +18,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -297,6 +298,8 @@ def main(
     output: Path,
     serve_args: tuple[str, ...],
 ) -> None:
+    # So that the server started here is stopped when this process is told to end.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         tool, environment = find_tool(_REPOSITORY_ROOT / ".cache")
         machine = describe_machine()
@@ -311,6 +314,7 @@ def main(
             for streams in (int(word) for word in concurrency.split(",")):
                 # At least eight measured requests, so that one stream gives a median worth the name.
                 texts = list(itertools.islice(source, streams + max(8, streams * rounds)))
+                click.echo(f"{streams:3d} streams: {len(texts)} requests of {output_tokens} tokens ...")
                 level, command = measure(tool, environment, grpc, model, streams, texts, output_tokens)
                 levels.append(level)
                 commands.append(command)
