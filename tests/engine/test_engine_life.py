@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from textgen_engine.engine import Engine
 from textgen_engine.errors import Cancelled, DeadlineExceeded, EngineFailure, PromptTooLong
@@ -297,6 +298,19 @@ def test_a_failure_while_results_are_read_back_leaves_no_half_ended_request(new_
     harness.submit(*(make_request(f"r{i}", PROMPT, 1, output=OutputParams(token_details=True)) for i in range(3)))
     harness.until_idle()
     assert [answer.error is None for answer in harness.answers.values()] == [True, False, False]
+
+
+def test_a_lost_device_ends_the_process(new_engine: NewEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After such an error every later step would fail as well; a new process is the only way out."""
+    harness = new_engine()
+
+    def lost(*_: Any) -> Any:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(harness.engine._runner, "forward", lost)
+    harness.submit(make_request("r", PROMPT))
+    with pytest.raises(torch.AcceleratorError):
+        harness.engine.step()
 
 
 def test_a_failed_step_takes_all_choices_of_its_requests(new_engine: NewEngine) -> None:

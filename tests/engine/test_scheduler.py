@@ -33,9 +33,12 @@ class Loop:
         budget: int = 512,
         ageing_s: float = 10.0,
         prefix_caching: bool = True,
+        served_ratio: float = 0.0,
+        max_waiting_steps: int = 20,
     ) -> None:
         self.blocks = BlockManager(num_blocks, block_size, prefix_caching=prefix_caching)
-        self.scheduler = Scheduler(SchedulerConfig(max_sequences, budget, priority_ageing_s=ageing_s), self.blocks)
+        config = SchedulerConfig(max_sequences, budget, served_ratio, max_waiting_steps, ageing_s)
+        self.scheduler = Scheduler(config, self.blocks)
         self.budget = budget
         self.to_go: dict[Sequence, int] = {}  # tokens each has still to produce
 
@@ -308,6 +311,35 @@ def test_forked_choices_share_the_prompt_and_end_apart() -> None:
     batch = loop.step()
     assert len(batch.copies) == 2, "the half-full block is copied for all owners but the last"
     loop.until_idle()
+
+
+def test_who_is_held_waits_alone() -> None:
+    """Its mask is not there yet: nothing of it may be sampled, neither from a prompt nor from a running text."""
+    loop = Loop()
+    held = loop.add(request("held", 8), num_tokens=3)
+    loop.add(request("free", 8, arrival_s=1), num_tokens=10)
+    held.is_held = True
+    assert of(loop.step()) == [("free", 8)]
+    held.is_held = False
+    assert of(loop.step()) == [("free", 1), ("held", 8)]
+    held.is_held = True
+    assert of(loop.step()) == [("free", 1)]
+    held.is_held = False
+    loop.until_idle()
+
+
+def test_prompts_interrupt_only_when_enough_of_them_wait() -> None:
+    loop = Loop(served_ratio=1.0, max_waiting_steps=5)
+    for index in range(3):
+        loop.add(request(f"r{index}", 8), num_tokens=50)
+    assert len(of(loop.step())) == 3, "nothing ran that could be interrupted"
+    loop.add(request("late 0", 8, arrival_s=1), num_tokens=50)
+    loop.add(request("late 1", 8, arrival_s=1), num_tokens=50)
+    assert len(of(loop.step())) == 3, "two for three"
+    loop.add(request("late 2", 8, arrival_s=1), num_tokens=50)
+    assert len(of(loop.step())) == 6, "three for three"
+    loop.add(request("later", 8, arrival_s=2), num_tokens=50)
+    assert [len(of(loop.step())) for _ in range(5)] == [6, 6, 6, 6, 7], "the fifth step after the last start"
 
 
 def test_more_decodes_than_the_budget_take_turns_by_urgency() -> None:

@@ -214,6 +214,8 @@ class Engine:
         if batch.entries:
             try:
                 self._collect(self._launch(batch), report)
+            except torch.AcceleratorError:
+                raise  # the device is lost to this process: no later step can succeed, so the process has to end
             except Exception as error:  # the one broad catch: the step's requests fail, the engine goes on
                 logger.exception("a step of %d sequences failed", len(batch.entries))
                 failure = EngineFailure(f"the engine could not run a step ({type(error).__name__})")

@@ -159,6 +159,8 @@ class Scheduler:
         for sequence in list(self.waiting):
             if budget <= 0 or not self._free_slots or num_passed_over >= _MAX_PASSED_OVER:
                 return
+            if sequence.is_held:
+                continue
             found = [] if sequence.request.output.prompt_logprobs else self._blocks.find_prefix(sequence)
             num_found = len(found) * self._blocks.block_size
             others = len(self.waiting) > 1 and len(self._free_slots) > 1
