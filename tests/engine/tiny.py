@@ -135,10 +135,11 @@ def make_config(
     max_total_tokens: int | None = None,
     max_restarts: int = 5,
     hang_timeout_s: float = 120.0,
+    batch_invariant: bool = False,
 ) -> EngineConfig:
     """A configuration for one thread on the CPU."""
     return EngineConfig(
-        model=ModelConfig(str(model), dtype="float32", num_threads=1),
+        model=ModelConfig(str(model), dtype="float32", num_threads=1, batch_invariant=batch_invariant),
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, prefix_caching=prefix_caching),
         scheduler=SchedulerConfig(max_sequences, tokens_per_step, priority_ageing_s=ageing_s),
         limits=LimitsConfig(max_total_tokens=max_total_tokens),

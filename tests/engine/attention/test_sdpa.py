@@ -1,4 +1,4 @@
-"""`attention/sdpa.py` against attention written out densely, one query at a time.
+"""`attention/sdpa.py` and `attention/invariant.py` against attention written out densely, one query at a time.
 
 Tolerance: float32 with sums of at most 300 terms of size 1, so 2e-5 absolute.
 """
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from textgen_engine.attention.base import AttentionFeatures, AttentionMetadata
+from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata
+from textgen_engine.attention.invariant import InvariantBackend
 from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.errors import ModelLoadError
 
@@ -83,8 +84,13 @@ def make_step(
     return Step(metadata, query, torch.cat(new_keys), torch.cat(new_values), keys, values)
 
 
-def run(step: Step, *, scale: float, sliding_window: int | None = None) -> torch.Tensor:
-    backend = SdpaBackend()
+BACKENDS: dict[str, type[AttentionBackend]] = {"sdpa": SdpaBackend, "invariant": InvariantBackend}
+
+
+def run(
+    step: Step, *, scale: float, sliding_window: int | None = None, kind: type[AttentionBackend] = SdpaBackend
+) -> torch.Tensor:
+    backend = kind()
     backend.prepare(step.metadata)
     return backend.run(0, step.query, step.key, step.value, step.metadata, scale=scale, sliding_window=sliding_window)
 
@@ -122,9 +128,10 @@ MIXES = {
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("sliding_window", [None, 1, 8, 1000])
-def test_equals_dense_attention(mix: str, heads: int, kv_heads: int, sliding_window: int | None) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_dense_attention(mix: str, heads: int, kv_heads: int, sliding_window: int | None, backend: str) -> None:
     step = make_step(MIXES[mix], heads=heads, kv_heads=kv_heads)
-    found = run(step, scale=0.25, sliding_window=sliding_window)
+    found = run(step, scale=0.25, sliding_window=sliding_window, kind=BACKENDS[backend])
     torch.testing.assert_close(
         found.double(), dense(step, scale=0.25, sliding_window=sliding_window), atol=TOLERANCE, rtol=0
     )

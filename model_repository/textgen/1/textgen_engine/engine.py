@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from textgen_engine.attention.invariant import InvariantBackend
 from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.batch import BatchInputs, build_inputs
 from textgen_engine.block_manager import BlockManager
@@ -102,7 +103,7 @@ class Engine:
         """Load the model and allocate everything. Raises ModelLoadError or ConfigError."""
         if config.model.num_threads is not None:
             torch.set_num_threads(config.model.num_threads)
-        backend = SdpaBackend()
+        backend = InvariantBackend() if config.model.batch_invariant else SdpaBackend()
         loaded = load_model(config.model, backend)
         num_slots = config.scheduler.max_num_sequences
         longest = config.limits.max_total_tokens or loaded.max_positions

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata
+from textgen_engine.attention.paging import gather_blocks, store
 from textgen_engine.errors import ModelLoadError
 
 
@@ -105,11 +106,7 @@ class SdpaBackend(AttentionBackend):
         sliding_window: int | None,
     ) -> torch.Tensor:
         keys, values = metadata.keys[layer], metadata.values[layer]
-        keys.permute(0, 2, 1, 3).index_put_((metadata.slot_blocks, metadata.slot_offsets), key)
-        # A hidden key weighs 0, but 0 times NaN is NaN: what a request that overflowed left in its blocks would reach the
-        # next owners of those blocks, so only finite values are stored.
-        finite = torch.nan_to_num(value)
-        values.permute(0, 2, 1, 3).index_put_((metadata.slot_blocks, metadata.slot_offsets), finite)
+        store(key, value, keys, values, metadata)
         plan = metadata.plan
         assert isinstance(plan, _Plan)
         output = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
@@ -145,16 +142,6 @@ def _similar_lengths(lengths: list[int]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _gather(cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """Blocks of each sequence, head-major: cache [num_blocks, heads, block_size, dim], blocks [n, m] ->
-    [n, heads, m * block_size, dim], contiguous."""
-    _, num_heads, block_size, dim = cache.shape
-    heads = torch.arange(num_heads, device=cache.device)
-    index = blocks[:, None, :] * num_heads + heads[None, :, None]  # [n, heads, m]
-    gathered = cache.view(-1, block_size * dim).index_select(0, index.reshape(-1))
-    return gathered.view(blocks.shape[0], num_heads, -1, dim)
-
-
 def _decode(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -166,8 +153,8 @@ def _decode(
     """One query row per sequence: query [n, num_heads, dim] -> [n, num_heads, value_dim]."""
     num_rows, num_heads, dim = query.shape
     num_kv_heads = keys.shape[1]
-    k = _gather(keys, group.blocks)  # [n, kv_heads, num_keys, dim]
-    v = _gather(values, group.blocks)
+    k = gather_blocks(keys, group.blocks)  # [n, kv_heads, num_keys, dim]
+    v = gather_blocks(values, group.blocks)
     q = query.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, dim) * scale
     scores = torch.matmul(q, k.transpose(2, 3))  # [n, kv_heads, heads per kv head, num_keys]
     hidden = group.hidden
@@ -192,8 +179,8 @@ def _prefill(
     if chunk.blocks is None:
         k, v = key.transpose(0, 1)[None], value.transpose(0, 1)[None]  # [1, kv_heads, seq_len, dim]
     else:
-        k = _gather(keys, chunk.blocks[None])[:, :, : chunk.seq_len]
-        v = _gather(values, chunk.blocks[None])[:, :, : chunk.seq_len]
+        k = gather_blocks(keys, chunk.blocks[None])[:, :, : chunk.seq_len]
+        v = gather_blocks(values, chunk.blocks[None])[:, :, : chunk.seq_len]
     visible = chunk.visible
     if sliding_window is not None and chunk.seq_len > sliding_window:
         positions = torch.arange(chunk.seq_len, device=query.device)

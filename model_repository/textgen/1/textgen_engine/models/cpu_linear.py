@@ -14,6 +14,7 @@ from torch.nn import functional
 # plain form is as fast or faster.
 _LEAST_ROWS = 6
 _MOST_ROWS = 48
+_TILE_ROWS = 16
 
 
 class CpuLinear(torch.nn.Module):
@@ -36,12 +37,29 @@ class CpuLinear(torch.nn.Module):
         return output if self.bias is None else output + self.bias
 
 
-def replace_linears(model: torch.nn.Module) -> int:
-    """Put a CpuLinear in the place of every plain torch.nn.Linear, sharing its parameters; returns how many."""
+class TiledLinear(CpuLinear):
+    """A CpuLinear whose result for a row is the same to the last bit, whatever rows stand beside it.
+
+    Every product has the same shape: the rows in tiles of 16, the last one padded. (Where a row stands in its tile
+    does not matter: the library adds each output element's terms in the same order. A test checks it.)
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        padded = functional.pad(rows, (0, 0, 0, -rows.shape[0] % _TILE_ROWS))
+        tiles = [torch.mm(self.weight, tile.t()).t() for tile in padded.split(_TILE_ROWS)]
+        output = torch.cat(tiles)[: rows.shape[0]].view(*x.shape[:-1], self.out_features)
+        return output if self.bias is None else output + self.bias
+
+
+def replace_linears(model: torch.nn.Module, *, batch_invariant: bool = False) -> int:
+    """Put a CpuLinear (or TiledLinear) in the place of every plain torch.nn.Linear, sharing its parameters; returns
+    how many."""
+    replacement = TiledLinear if batch_invariant else CpuLinear
     num_replaced = 0
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is torch.nn.Linear and child.weight.dtype is torch.float32:
-                setattr(module, name, CpuLinear(child))
+                setattr(module, name, replacement(child))
                 num_replaced += 1
     return num_replaced

@@ -99,7 +99,8 @@ def load_model(config: ModelConfig, backend: AttentionBackend) -> LoadedModel:
         eos_token_ids = tokenizer.eos_token_id
     model = model.to(device).eval().requires_grad_(False)
     if device.type == "cpu":
-        logger.info("%s: %d linear layers for batched decoding on CPUs", type(model).__name__, replace_linears(model))
+        num_replaced = replace_linears(model, batch_invariant=config.batch_invariant)
+        logger.info("%s: %d linear layers replaced by CPU forms", type(model).__name__, num_replaced)
     text_config = hf_config.get_text_config()
     takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
     return LoadedModel(
