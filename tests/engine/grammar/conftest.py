@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -64,9 +64,11 @@ def backend(request: pytest.FixtureRequest, vocabulary: Vocabulary, limits: Gram
 
 
 @pytest.fixture(scope="session")
-def llguidance_backend(vocabulary: Vocabulary, limits: GrammarLimits) -> GrammarBackend:
+def llguidance_backend(vocabulary: Vocabulary, limits: GrammarLimits) -> Iterator[GrammarBackend]:
     pytest.importorskip("llguidance")
-    return load_backend("llguidance", vocabulary, limits, mask_threads=2)
+    loaded = load_backend("llguidance", vocabulary, limits, mask_threads=2)
+    yield loaded
+    loaded.close()
 
 
 class Walker:
@@ -114,7 +116,7 @@ def walker(
     return Walker(tokenizer, vocabulary, limits, backend)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def llguidance_walker(
     tokenizer: PreTrainedTokenizerFast,
     vocabulary: Vocabulary,
@@ -122,8 +124,3 @@ def llguidance_walker(
     llguidance_backend: GrammarBackend,
 ) -> Walker:
     return Walker(tokenizer, vocabulary, limits, llguidance_backend)
-
-
-@pytest.fixture
-def allowed() -> Callable[[np.ndarray, int], bool]:
-    return is_allowed

@@ -19,6 +19,7 @@ from textgen_engine.grammar.base import (
 from textgen_engine.grammar.compiler import GrammarCompiler, GrammarHandle
 from textgen_engine.grammar.masks import GrammarMask, MaskFiller
 from textgen_engine.grammar.parse import parse_grammar
+from textgen_engine.grammar.validate import GrammarReport, validate_grammar
 from textgen_engine.grammar.vocabulary import Vocabulary
 
 __all__ = [
@@ -29,9 +30,11 @@ __all__ = [
     "GrammarLimits",
     "GrammarMask",
     "GrammarMatcher",
+    "GrammarReport",
     "GrammarSpec",
     "MaskFiller",
     "Vocabulary",
     "grammar_limits",
     "parse_grammar",
+    "validate_grammar",
 ]

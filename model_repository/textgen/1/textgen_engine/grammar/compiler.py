@@ -29,13 +29,15 @@ from textgen_engine.grammar.masks import MaskFiller
 from textgen_engine.grammar.vocabulary import Vocabulary
 
 Clock = Callable[[], float]
+Loader = Callable[[str, Vocabulary, GrammarLimits], GrammarBackend]
 
 
 class GrammarHandle:
     """One request's wait for its grammar. Made by GrammarCompiler.submit; `done` and `result` never block."""
 
-    def __init__(self, job: _Job) -> None:
+    def __init__(self, job: _Job, *, was_cached: bool = False) -> None:
         self._job = job
+        self._was_cached = was_cached
         self._cancelled = False
 
     def done(self) -> bool:
@@ -54,7 +56,7 @@ class GrammarHandle:
     @property
     def compile_s(self) -> float | None:
         """Seconds the compilation took; None where the grammar came from the cache."""
-        return self._job.compile_s
+        return None if self._was_cached else self._job.compile_s
 
     def cancel(self) -> None:
         """This request does not wait any more. A compilation nobody waits for and that has not begun is dropped."""
@@ -93,11 +95,13 @@ class GrammarCompiler:
         control_token_ids: Iterable[int] = (),
         mask_threads: int = 1,
         clock: Clock = time.monotonic,
+        loader: Loader | None = None,
     ) -> None:
         """tokenizer: a transformers fast tokenizer, or a Vocabulary. vocab_size: width of the logits.
 
         backends: names that requests may ask for; a library is loaded when its first grammar comes.
         on_ready: called from any thread whenever a handle has become done. mask_threads: see LlguidanceBackend.
+        loader: makes a backend by name; `load_backend` where None.
         """
         if isinstance(tokenizer, Vocabulary):
             self.vocabulary = tokenizer
@@ -117,8 +121,9 @@ class GrammarCompiler:
         self._entries: OrderedDict[bytes, _Job] = OrderedDict()  # finished and unfinished; least recently used first
         self._cached_bytes = 0
         self._closed = False
+        load = loader or partial(load_backend, mask_threads=mask_threads)
         self._lanes = {
-            name: _Lane(name, partial(self._load, name, mask_threads), self._run, self.limits.compile_threads)
+            name: _Lane(name, partial(load, name, self.vocabulary, self.limits), self._run, self.limits.compile_threads)
             for name in backends
         }
 
@@ -135,7 +140,7 @@ class GrammarCompiler:
             if job is not None:
                 self._entries.move_to_end(key)
                 job.num_waiting += 1
-                return GrammarHandle(job)
+                return GrammarHandle(job, was_cached=job.finished)
             job = _Job(key, spec, num_waiting=1)
             refusal = self._refusal(spec)
             if refusal is not None:
@@ -178,9 +183,6 @@ class GrammarCompiler:
         if sum(not job.finished for job in self._entries.values()) >= self.limits.max_pending:
             return Overloaded(f"{self.limits.max_pending} grammars are waiting to be compiled")
         return None
-
-    def _load(self, name: str, mask_threads: int) -> GrammarBackend:
-        return load_backend(name, self.vocabulary, self.limits, mask_threads=mask_threads)
 
     def _run(self, lane: _Lane, job: _Job) -> bool:
         """Compile one job on a lane's thread; False where the job was answered meanwhile, by its timer."""

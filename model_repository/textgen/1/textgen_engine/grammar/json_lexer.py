@@ -71,7 +71,9 @@ class TextTables:
         if lexical is not _Lexical.PLAIN:
             for token_id in self._suspect:
                 if bits[token_id]:
-                    bits[token_id] = advance_json(lexical, pieces[token_id] or b"", exponents=self.exponents) is not None
+                    bits[token_id] = (
+                        advance_json(lexical, pieces[token_id] or b"", exponents=self.exponents) is not None
+                    )
         return pack_bits(bits)
 
 
@@ -110,10 +112,9 @@ def advance_json(lexical: _Lexical, piece: bytes, *, exponents: bool) -> _Lexica
                 return None
             if byte in b"eE" and lexical is _Lexical.NUMBER and not exponents:
                 return None
+            lexical = _Lexical.NUMBER if byte in b"0123456789." else _Lexical.OUTSIDE
             if byte == 0x22:
                 lexical = _Lexical.STRING
-            else:
-                lexical = _Lexical.NUMBER if byte in b"0123456789." else _Lexical.OUTSIDE
         elif byte < 0x20:
             return None
         elif lexical is _Lexical.ESCAPE:

@@ -17,6 +17,7 @@ from textgen_engine.grammar.base import GrammarLimits, GrammarMatcher, GrammarSp
 from textgen_engine.grammar.matcher import TextMatcher
 from textgen_engine.grammar.regex import escape_regex, to_rust_regex
 from textgen_engine.grammar.rewrite import LLGUIDANCE, PreparedSchema, prepare_schema
+from textgen_engine.grammar.sandbox import Sandbox, WorkerDied, WorkerLate
 from textgen_engine.grammar.tools import PLAIN_TEXT_PATTERN
 from textgen_engine.grammar.vocabulary import Vocabulary
 
@@ -26,6 +27,9 @@ BOUNDED_WHITESPACE = r"( ?|\n[ \t]{0,32})"
 # One compiled grammar holds its text several times over (AST, symbols, lexer) beside lazily built lexer states.
 _BYTES_PER_GRAMMAR_BYTE = 32
 _BYTES_PER_GRAMMAR = 64 * 1024
+
+# Python work on a longer schema could hold the engine's interpreter lock for longer than a decode step.
+_PREPARED_HERE_CHARS = 8 * 1024
 
 
 class LlguidanceBackend:
@@ -48,24 +52,50 @@ class LlguidanceBackend:
         )
         self._parser_limits = llguidance.LLParserLimits(verbose_errors=False)
         self._executor = llguidance.LLExecutor(num_threads)
+        self._rewriter = Sandbox(
+            "textgen_engine.grammar.rewrite:prepare_sessions",
+            limits,
+            memory_bytes=limits.worker_memory_bytes,
+            niceness=5,
+        )
+        self._rewriter.start()
 
     def compile(self, spec: GrammarSpec) -> LlguidanceGrammar:
         if spec.kind not in ("json_schema", "json_object", "tools"):
             return self._compiled(spec, self._plain_grammar(spec), ())
-        prepared = prepare_schema(spec, LLGUIDANCE, self._limits, rebuild=False)
+        prepared = self._prepare(spec, rebuild=False)
         try:
             return self._compiled(spec, self._schema_grammar(spec, prepared), prepared.warnings)
         except GrammarError as refusal:
             if not self._limits.max_rewritten_nodes:
                 raise
             try:
-                rebuilt = prepare_schema(spec, LLGUIDANCE, self._limits, rebuild=True)
+                rebuilt = self._prepare(spec, rebuild=True)
                 return self._compiled(spec, self._schema_grammar(spec, rebuilt), rebuilt.warnings)
             except GrammarError as reason:
                 if spec.lenient:
                     return self._lenient(spec, prepared)
                 # The rewriter knows keyword and place; the library's word is about the rewritten text then.
                 raise (reason if "cannot be enforced" in reason.message else refusal) from None
+
+    def _prepare(self, spec: GrammarSpec, *, rebuild: bool) -> PreparedSchema:
+        """Short work here, long work in a worker process, within the time limit."""
+        if not rebuild and len(spec.value) <= _PREPARED_HERE_CHARS:
+            return prepare_schema(spec, LLGUIDANCE, self._limits, rebuild=False)
+        worker = self._rewriter.open()
+        try:
+            prepared = worker.call("prepare", spec, LLGUIDANCE, rebuild, timeout_s=self._limits.compile_timeout_s)
+            assert isinstance(prepared, PreparedSchema)
+            return prepared
+        except WorkerLate:
+            limit = self._limits.compile_timeout_s
+            raise GrammarError(
+                f"JSON schema: cannot be enforced by llguidance: rewriting took over {limit:g} s"
+            ) from None
+        except WorkerDied:
+            raise GrammarError("JSON schema: cannot be enforced by llguidance: rewriting used up its memory") from None
+        finally:
+            worker.close()
 
     def _lenient(self, spec: GrammarSpec, prepared: PreparedSchema) -> LlguidanceGrammar:
         """With the library's own leave to drop what it does not know."""
@@ -89,7 +119,7 @@ class LlguidanceBackend:
         return LlguidanceGrammar(self, template, every_warning, size_bytes)
 
     def close(self) -> None:
-        return None
+        self._rewriter.close()
 
     def new_matcher(self, template: Any) -> LlguidanceMatcher:
         return LlguidanceMatcher(self, self._vocabulary, template.deep_copy())

@@ -8,7 +8,6 @@ JSON Schema that it really enforces (everything else is refused, because it igno
 from __future__ import annotations
 
 import importlib.util
-import json
 import threading
 from collections.abc import Sequence
 
@@ -18,12 +17,8 @@ from textgen_engine.errors import GrammarError, Overloaded, Unsupported
 from textgen_engine.grammar.base import GrammarLimits, GrammarSpec, MaskRow
 from textgen_engine.grammar.lmfe_worker import LmfeJob, LmfeState
 from textgen_engine.grammar.matcher import TextMatcher
-from textgen_engine.grammar.regex import to_rust_regex
-from textgen_engine.grammar.rewrite import LMFE, prepare_schema
-from textgen_engine.grammar.sandbox import Sandbox, Worker, WorkerDied, WorkerLate
+from textgen_engine.grammar.sandbox import Sandbox, Worker, WorkerDied, WorkerLate, deadline_in
 from textgen_engine.grammar.vocabulary import Vocabulary
-
-_MAX_WHITESPACE = {"none": 0, "bounded": 33, "flexible": 1_000_000}
 
 
 class LmfeBackend:
@@ -39,16 +34,21 @@ class LmfeBackend:
         self._vocabulary = vocabulary
         self._limits = limits
         self._sandbox = Sandbox(
-            "textgen_engine.grammar.lmfe_worker:prepare", vocabulary, memory_bytes=limits.worker_memory_bytes
+            "textgen_engine.grammar.lmfe_worker:prepare",
+            (vocabulary, limits),
+            memory_bytes=limits.worker_memory_bytes,
         )
         self._slots = threading.BoundedSemaphore(limits.max_worker_matchers)
 
     def compile(self, spec: GrammarSpec) -> LmfeGrammar:
         """Try the grammar in a worker that is killed at the time limit."""
-        job, warnings = self._job(spec)
+        if spec.kind in ("lark", "ebnf"):
+            raise Unsupported(f"grammar_backend lmfe has no {spec.kind} grammars; llguidance has")
         worker = self._sandbox.open()
+        left_s = deadline_in(self._limits.compile_timeout_s)
         try:
-            worker.call("open", job, timeout_s=self._limits.compile_timeout_s)
+            job, warnings = worker.call("prepare", spec, timeout_s=left_s())
+            worker.call("open", job, timeout_s=left_s())
         except WorkerLate:
             limit = self._limits.compile_timeout_s
             raise GrammarError(f"lmfe: the grammar took longer than {limit:g} s to compile") from None
@@ -72,22 +72,6 @@ class LmfeBackend:
             self._slots.release()
             raise
         return LmfeMatcher(self._vocabulary, self._limits, worker, self._slots)
-
-    def _job(self, spec: GrammarSpec) -> tuple[LmfeJob, Sequence[str]]:
-        if spec.kind in ("lark", "ebnf"):
-            raise Unsupported(f"grammar_backend lmfe has no {spec.kind} grammars; llguidance has")
-        if spec.kind == "choice":
-            return LmfeJob("choice", spec.value, 0), ()
-        if spec.kind == "regex":
-            to_rust_regex(spec.value)
-            if "\\p{" in spec.value or "[[:" in spec.value or "(?i" in spec.value:
-                raise Unsupported("grammar_backend lmfe has no Unicode classes, POSIX classes or flags in a regex")
-            return LmfeJob("regex", _without_anchors(spec.value), 0), ()
-        prepared = prepare_schema(spec, LMFE, self._limits, rebuild=True)
-        if prepared.or_plain_text:
-            raise Unsupported("grammar_backend lmfe has no tool_choice auto; llguidance has")
-        text = json.dumps(prepared.schema, ensure_ascii=False)
-        return LmfeJob("json", text, _MAX_WHITESPACE[spec.whitespace]), prepared.warnings
 
 
 class LmfeGrammar:
@@ -184,12 +168,3 @@ class LmfeMatcher(TextMatcher):
             self._num_taken, self._state = answer if isinstance(answer, tuple) else (0, answer)
             self._row = np.frombuffer(self._state.row, dtype=np.int32)
         return self._state
-
-
-def _without_anchors(pattern: str) -> str:
-    """The library matches whole texts and does not know the anchors at the two ends."""
-    if pattern.startswith("^"):
-        pattern = pattern[1:]
-    if pattern.endswith("$") and (len(pattern) - len(pattern[:-1].rstrip("\\"))) % 2:
-        pattern = pattern[:-1]
-    return pattern

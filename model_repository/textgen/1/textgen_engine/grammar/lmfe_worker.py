@@ -10,14 +10,18 @@ from __future__ import annotations
 import codecs
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from textgen_engine.grammar.base import grammar_error
+from textgen_engine.errors import Unsupported
+from textgen_engine.grammar.base import GrammarLimits, GrammarSpec, grammar_error
 from textgen_engine.grammar.json_lexer import TextTables, TextTracker
+from textgen_engine.grammar.regex import to_rust_regex
+from textgen_engine.grammar.rewrite import LMFE, prepare_schema
 from textgen_engine.grammar.vocabulary import Vocabulary, pack_bits
 
 _WHITESPACE = b" \t\n\r"
@@ -44,11 +48,15 @@ class LmfeState:
     must_end: bool
 
 
-def prepare(vocabulary: Vocabulary) -> Callable[[], LmfeSession]:
+_MAX_WHITESPACE = {"none": 0, "bounded": 33, "flexible": 1_000_000}
+
+
+def prepare(payload: tuple[Vocabulary, GrammarLimits]) -> Callable[[], LmfeSession]:
     """Build the library's vocabulary tree once (seconds, tens of MB); each session shares it."""
     import torch
     from lmformatenforcer import TokenEnforcerTokenizerData
 
+    vocabulary, limits = payload
     # The library turns its own faults into "the text may end here" and a log record: see _FaultRecorder.
     logging.getLogger().handlers[:] = [_FaultRecorder()]
     torch.set_num_threads(1)
@@ -74,7 +82,7 @@ def prepare(vocabulary: Vocabulary) -> Callable[[], LmfeSession]:
     library_data = TokenEnforcerTokenizerData(
         tokens, decode, vocabulary.eos_token_ids[0], True, vocabulary.num_words * 32
     )
-    tables = _Tables(vocabulary, library_data)
+    tables = _Tables(vocabulary, limits, library_data)
     return lambda: LmfeSession(tables)
 
 
@@ -92,8 +100,9 @@ class _FaultRecorder(logging.Handler):
 class _Tables:
     """What all sessions share."""
 
-    def __init__(self, vocabulary: Vocabulary, library_data: Any) -> None:
+    def __init__(self, vocabulary: Vocabulary, limits: GrammarLimits, library_data: Any) -> None:
         self.vocabulary = vocabulary
+        self.limits = limits
         self.library_data = library_data
         self.text = TextTables(vocabulary, exponents=False)
         blank = np.zeros(vocabulary.num_words * 32, dtype=np.uint8)
@@ -116,6 +125,21 @@ class LmfeSession:
         self._is_json = False
         self._tracker = TextTracker(tables.text, is_json=False)
         self._states: list[Any] = []  # before each token and after the last
+
+    def prepare(self, spec: GrammarSpec) -> tuple[LmfeJob, Sequence[str]]:
+        """What is to be enforced, and warnings. Raises GrammarError or Unsupported."""
+        if spec.kind == "choice":
+            return LmfeJob("choice", spec.value, 0), ()
+        if spec.kind == "regex":
+            to_rust_regex(spec.value)
+            if re.search(r"\\[pP]\{|\[\[:|\(\?[a-z]", spec.value):
+                raise Unsupported("grammar_backend lmfe has no Unicode classes, POSIX classes or flags in a regex")
+            return LmfeJob("regex", _without_anchors(spec.value), 0), ()
+        prepared = prepare_schema(spec, LMFE, self._tables.limits, rebuild=True)
+        if prepared.or_plain_text:
+            raise Unsupported("grammar_backend lmfe has no tool_choice auto; llguidance has")
+        text = json.dumps(prepared.schema, ensure_ascii=False)
+        return LmfeJob("json", text, _MAX_WHITESPACE[spec.whitespace]), prepared.warnings
 
     def open(self, job: LmfeJob) -> LmfeState:
         """Compile. Raises GrammarError."""
@@ -180,3 +204,12 @@ class LmfeSession:
         if len(self._states) == 1 and self._is_json:
             row &= ~tables.blank_row  # no blanks before the value
         return LmfeState(row.tobytes(), may_end, must_end)
+
+
+def _without_anchors(pattern: str) -> str:
+    """The library matches whole texts and does not know the anchors at the two ends."""
+    if pattern.startswith("^"):
+        pattern = pattern[1:]
+    if pattern.endswith("$") and (len(pattern) - len(pattern[:-1].rstrip("\\"))) % 2:
+        pattern = pattern[:-1]
+    return pattern

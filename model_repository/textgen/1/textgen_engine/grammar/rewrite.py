@@ -6,6 +6,9 @@ rebuilt from its set of values (schema_sets.py): `not`, `oneOf`, `if`, dependenc
 values, `propertyNames` and `unevaluated*` become unions of plain schemas. Every rebuilt schema allows the same values,
 or, with a warning, fewer; never more.
 
+Rebuilding is Python, milliseconds to seconds of it: it runs in a worker process (`RewriteSession`), where it neither
+takes the engine's interpreter lock nor outlives the time limit.
+
 What remains is refused by keyword and place. With `lenient`, such keywords are dropped instead, with a warning.
 """
 
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import combinations
@@ -145,6 +148,21 @@ def prepare_schema(
     except RecursionError:
         raise GrammarError(f"JSON schema: nested too deeply for {capabilities.name}") from None
     return PreparedSchema(schema, [*warnings, *rebuilder.warnings], or_plain_text, rebuilt=True)
+
+
+class RewriteSession:
+    """prepare_schema in a worker process of sandbox.py."""
+
+    def __init__(self, limits: GrammarLimits) -> None:
+        self._limits = limits
+
+    def prepare(self, spec: GrammarSpec, capabilities: Capabilities, rebuild: bool) -> PreparedSchema:
+        return prepare_schema(spec, capabilities, self._limits, rebuild=rebuild)
+
+
+def prepare_sessions(limits: GrammarLimits) -> Callable[[], RewriteSession]:
+    """The factory sandbox.py calls."""
+    return lambda: RewriteSession(limits)
 
 
 def _clean(

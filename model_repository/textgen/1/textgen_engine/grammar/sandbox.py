@@ -102,14 +102,20 @@ class Sandbox:
         """factory: "module:function"; called once in the template with `payload`, returns a callable that makes the
         object of one worker. memory_bytes: private memory a worker may add to what it shares with the template.
 
-        Nothing is started before the first `open`.
+        Nothing is started before `start` or the first `open`.
         """
         self._setup = (factory, payload, memory_bytes, niceness)
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._is_ready = False
         self._num_opened = 0
         self._closed = False
+
+    def start(self) -> None:
+        """Start the template without waiting until it has prepared itself. Raises EngineFailure."""
+        with self._lock:
+            self._start_template()
 
     def open(self) -> Worker:
         """A fresh worker. Starts the template when there is none (or it died). Raises EngineFailure."""
@@ -141,6 +147,22 @@ class Sandbox:
                     return  # the template is gone, and its workers with it
 
     def _running_template(self) -> socket.socket:
+        """The control socket of a prepared template."""
+        control = self._start_template()
+        if not self._is_ready:
+            control.settimeout(_START_TIMEOUT_S)
+            try:
+                answer = control.recv(65536).decode()
+            except OSError as error:
+                answer = str(error)
+            if answer != "ready":
+                self._stop_template()
+                raise EngineFailure(f"the grammar worker's template cannot start: {answer or 'it died'}"[:500])
+            control.settimeout(None)
+            self._is_ready = True
+        return control
+
+    def _start_template(self) -> socket.socket:
         if self._closed:
             raise EngineFailure("the server is stopping")
         if self._process is not None and self._process.poll() is not None:
@@ -154,19 +176,14 @@ class Sandbox:
                     pass_fds=[theirs.fileno()],
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
                 )
-            self._control = ours
+            self._control, self._is_ready = ours, False
             assert self._process.stdin is not None
             try:
                 with self._process.stdin as pipe:
                     pickle.dump(self._setup, pipe)
-                ours.settimeout(_START_TIMEOUT_S)
-                answer = ours.recv(65536).decode()
             except OSError as error:
-                answer = str(error)
-            if answer != "ready":
                 self._stop_template()
-                raise EngineFailure(f"the grammar worker's template cannot start: {answer or 'it died'}"[:500])
-            ours.settimeout(None)
+                raise EngineFailure(f"the grammar worker's template cannot start: {error}") from None
         return self._control
 
     def _stop_template(self) -> None:

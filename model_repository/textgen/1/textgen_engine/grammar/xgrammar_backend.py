@@ -8,7 +8,6 @@ Only this file and xgrammar_worker.py import `xgrammar`, inside functions.
 from __future__ import annotations
 
 import importlib.util
-import json
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -19,13 +18,9 @@ from textgen_engine.errors import GrammarError, Unsupported
 from textgen_engine.grammar.base import GrammarLimits, GrammarSpec, MaskRow
 from textgen_engine.grammar.json_lexer import TextTables, TextTracker
 from textgen_engine.grammar.matcher import TextMatcher
-from textgen_engine.grammar.regex import to_rust_regex
-from textgen_engine.grammar.rewrite import XGRAMMAR, prepare_schema
 from textgen_engine.grammar.sandbox import Sandbox, WorkerDied, WorkerLate
 from textgen_engine.grammar.vocabulary import Vocabulary
-from textgen_engine.grammar.xgrammar_worker import XgrammarJob, tokenizer_info
-
-_MAX_WHITESPACE = {"none": 0, "bounded": 33, "flexible": None}
+from textgen_engine.grammar.xgrammar_worker import tokenizer_info
 
 
 class XgrammarBackend:
@@ -45,7 +40,7 @@ class XgrammarBackend:
         self._info_lock = threading.Lock()
         self._sandbox = Sandbox(
             "textgen_engine.grammar.xgrammar_worker:prepare",
-            vocabulary,
+            (vocabulary, limits),
             memory_bytes=limits.worker_memory_bytes,
             niceness=5,  # a long compilation yields to the engine
         )
@@ -53,10 +48,11 @@ class XgrammarBackend:
     def compile(self, spec: GrammarSpec) -> XgrammarGrammar:
         import xgrammar
 
-        job, warnings = self._job(spec)
+        if spec.kind == "lark":
+            raise Unsupported("grammar_backend xgrammar takes ebnf grammars, not lark; llguidance takes both")
         worker = self._sandbox.open()
         try:
-            serialised, size_bytes = worker.call("compile", job, timeout_s=self._limits.compile_timeout_s)
+            made = worker.call("compile", spec, timeout_s=self._limits.compile_timeout_s)
         except WorkerLate:
             limit = self._limits.compile_timeout_s
             raise GrammarError(f"xgrammar: the grammar took longer than {limit:g} s to compile") from None
@@ -68,29 +64,12 @@ class XgrammarBackend:
             if self._info is None or self._tables is None:
                 self._info = tokenizer_info(self._vocabulary)
                 self._tables = TextTables(self._vocabulary)
-        compiled = xgrammar.CompiledGrammar.deserialize_json(serialised, self._info)
-        return XgrammarGrammar(self._tables, compiled, job.kind == "json", warnings, size_bytes)
+            info, tables = self._info, self._tables
+        compiled = xgrammar.CompiledGrammar.deserialize_json(made.serialised, info)
+        return XgrammarGrammar(tables, compiled, made.is_json, made.warnings, made.size_bytes)
 
     def close(self) -> None:
         self._sandbox.close()
-
-    def _job(self, spec: GrammarSpec) -> tuple[XgrammarJob, Sequence[str]]:
-        if spec.kind == "lark":
-            raise Unsupported("grammar_backend xgrammar takes ebnf grammars, not lark; llguidance takes both")
-        if spec.kind == "regex":
-            to_rust_regex(spec.value)
-            return XgrammarJob("regex", spec.value, None), ()
-        if spec.kind == "choice":
-            alternatives = " | ".join(_ebnf_string(text) for text in json.loads(spec.value))
-            return XgrammarJob("ebnf", "root ::= " + alternatives, None), ()
-        if spec.kind == "ebnf":
-            # A root rule that refers to itself makes the library's masks and its matcher disagree.
-            return XgrammarJob("ebnf", _wrap_root(spec.value), None), ()
-        prepared = prepare_schema(spec, XGRAMMAR, self._limits, rebuild=True)
-        if prepared.or_plain_text:
-            raise Unsupported("grammar_backend xgrammar has no tool_choice auto; llguidance has")
-        text = json.dumps(prepared.schema, ensure_ascii=False)
-        return XgrammarJob("json", text, _MAX_WHITESPACE[spec.whitespace]), prepared.warnings
 
 
 class XgrammarGrammar:
@@ -164,27 +143,3 @@ class XgrammarMatcher(TextMatcher):
     def _must_end(self) -> bool:
         self._make_mask()
         return not (self._mask[0] & self._vocabulary.text_row).any()
-
-
-def _ebnf_string(text: str) -> str:
-    """`text` as a GBNF string literal."""
-    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-    return (
-        '"' + "".join(escapes.get(char, char if char.isprintable() else f"\\U{ord(char):08x}") for char in text) + '"'
-    )
-
-
-def _wrap_root(text: str) -> str:
-    import re
-
-    if not re.search(r"(?m)^\s*root\s*::=", text):
-        raise GrammarError("ebnf grammar: no rule `root`")
-    inner = "root_inner"
-    while re.search(rf"\b{inner}\b", text):
-        inner += "_"
-    # `root` as a whole word, outside of strings, character classes and comments.
-    pieces = re.split(r'("(?:[^"\\\n]|\\.)*"|\[(?:[^\]\\\n]|\\.)*\]|#[^\n]*)', text)
-    renamed = "".join(
-        piece if index % 2 else re.sub(r"(?<![\w-])root(?![\w-])", inner, piece) for index, piece in enumerate(pieces)
-    )
-    return f"root ::= {inner}\n{renamed}"
