@@ -159,7 +159,7 @@ class TritonPythonModel:
         if live.cancelled:
             raise Cancelled("ended before it was queued")
         self._engine.submit(generation_request)
-        live.submitted = True
+        self._responder.note_submitted(live)
         if live.cancelled:  # between the check and the submission
             self._engine.cancel(live.key)
 
@@ -185,10 +185,10 @@ class TritonPythonModel:
     def _on_report(self, report: StepReport) -> None:
         if report.metrics is not None:
             self._metrics.note_step(report.metrics)
-        for output in report.outputs:
-            if output.error is not None:
-                self._metrics.note_failure(output.error)
         for live in self._responder.deliver(report):
+            if live.error is not None:
+                self._metrics.note_failure(live.error)
+                continue
             self._metrics.note_success(
                 live.timings,
                 num_input=live.num_input_tokens,

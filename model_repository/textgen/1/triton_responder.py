@@ -105,6 +105,12 @@ class Responder:
             self._live[live.key] = live
             self._changed.notify_all()
 
+    def note_submitted(self, live: LiveRequest) -> None:
+        """The engine has the request: from now on the engine ends it, and its stream is kept alive."""
+        with self._changed:
+            live.submitted = True
+            self._changed.notify_all()
+
     def by_client_id(self, client_id: str) -> list[LiveRequest]:
         """Live requests with this id of the client's."""
         with self._changed:
@@ -126,7 +132,7 @@ class Responder:
         self._finish(live, response)
 
     def deliver(self, report: StepReport) -> list[LiveRequest]:
-        """Take in one step's outputs; returns the requests that are now answered in full, without an error."""
+        """Take in one step's outputs; returns the requests that are now answered in full, or by an error."""
         completed = []
         with self._changed:
             for output in report.outputs:
@@ -146,7 +152,7 @@ class Responder:
                     live.timings = output.timings
                     live.num_input_tokens = output.num_prompt_tokens
                 live.is_complete = output.is_last
-                if live.is_complete and live.error is None:
+                if live.is_complete:
                     completed.append(live)
                 if live.options.stream or live.is_complete:
                     self._news.add(live)
