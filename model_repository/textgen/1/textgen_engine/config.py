@@ -203,6 +203,10 @@ UNSUPPORTED_OPTIONS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+# Read by the client's command line; a shell that has them set may start a server all the same.
+_CLIENT_VARIABLES = frozenset({"TEXTGEN_URL", "TEXTGEN_MODEL"})
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which checkpoint to load, and how."""
@@ -395,7 +399,7 @@ def _read_values(parameters: Mapping[str, str], environ: Mapping[str, str]) -> d
             # Upper-case parameters of config.pbtxt (EXECUTION_ENV_PATH, ...) belong to Triton's Python backend.
             raise ConfigError(f"unknown parameter {name!r} in config.pbtxt{_closest(name, by_name)}")
     for name in environ:
-        if name.startswith("TEXTGEN_") and name not in by_env:
+        if name.startswith("TEXTGEN_") and name not in by_env and name not in _CLIENT_VARIABLES:
             raise ConfigError(f"unknown environment variable {name}{_closest(name, by_env)}")
     for name, harmless in UNSUPPORTED_OPTIONS.items():
         given = environ.get(name.upper(), parameters.get(name, ""))

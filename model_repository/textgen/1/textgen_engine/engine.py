@@ -2,7 +2,7 @@
 
 One thread runs the loop; only that thread touches scheduler, blocks, sampler and runner. Others talk to it through
 `submit` and `cancel`, which enqueue. Every request gets outputs until exactly one last output (`TokenOutput.error`, or
-`finish_reason` on each of its choices).
+`finish_reason` on each of its choices, or the answer to a `grammar_check`).
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from textgen_engine.errors import (
     GrammarError,
     InvalidParameter,
     PromptTooLong,
+    Unsupported,
 )
 from textgen_engine.grammar import CompiledGrammar, GrammarCompiler, grammar_limits
+from textgen_engine.grammar.check import GrammarVerdict
 from textgen_engine.kv_cache import KVCache
 from textgen_engine.messages import EngineInfo, StepReport
 from textgen_engine.metrics import EngineGauges, StepMetrics
@@ -51,6 +53,8 @@ logger = logging.getLogger(__name__)
 _IDLE_CHECK_S = 1.0
 # Requests exist but none can run (they wait for something outside the loop): look again after so long.
 _NOTHING_TO_RUN_S = 0.05
+# The same when sequences wait for a mask that another process makes.
+_MASK_POLL_S = 0.002
 
 
 @dataclass(eq=False, slots=True)
@@ -144,12 +148,15 @@ class Engine:
                 on_ready=self._notify,
             ),
             jump_forward=config.grammar.jump_forward,
+            on_checked=self._notify,
         )
         self._emit = emit
         self._live: dict[str, _LiveRequest] = {}
         self._choice_of: dict[Sequence, _Choice] = {}
         self._sampler_slots: dict[Sequence, int] = {}  # sequences the sampler keeps state for
         self._num_preemptions = 0
+        self._num_forced_tokens = 0
+        self._any_held = False
         self._wake = threading.Condition()
         self._arrivals: deque[GenerationRequest] = deque()
         self._cancellations: deque[str] = deque()
@@ -196,7 +203,7 @@ class Engine:
             if not self.step():
                 with self._wake:
                     if self._live and not (self._arrivals or self._cancellations or self._stopping):
-                        self._wake.wait(timeout=_NOTHING_TO_RUN_S)
+                        self._wake.wait(timeout=_MASK_POLL_S if self._any_held else _NOTHING_TO_RUN_S)
         self._constraints.close()
 
     def step(self) -> bool:
@@ -207,7 +214,8 @@ class Engine:
         self._take_cancellations(report)
         self._expire(now_s, report)
         self._take_grammars(report)
-        self._constraints.hold()
+        self._take_checks(report)
+        self._any_held = self._constraints.hold()
         batch = self._scheduler.schedule()
         for sequence in batch.preempted:
             self._forget_sampler_state(sequence)
@@ -322,7 +330,7 @@ class Engine:
                 if error is not None:
                     self._fail(sequence.request.request_id, error, report)
                     continue
-            self._time_token(live, choice, now_s, report)
+            self._time_tokens(live, choice, len(output.token_ids), now_s, report)
             if sequence.choice == 0 and sequence.num_output_tokens == 1 and live.request.output.prompt_logprobs:
                 output.prompt_details = self._prompt_details(live)
             self._deliver(live, choice, output, report)
@@ -444,13 +452,31 @@ class Engine:
                 report.metrics.grammar_compile_s.append(compile_s)
             live = self._live[request_id]
             if isinstance(result, EngineError):
-                self._fail(request_id, result, report)
+                if live.request.grammar_check is not None and isinstance(result, (GrammarError, Unsupported)):
+                    self._answer_check(request_id, GrammarVerdict(False, error=result.message), report)
+                else:
+                    self._fail(request_id, result, report)
+                continue
+            if live.request.grammar_check is not None:
+                self._constraints.check(live.request, result)
                 continue
             live.grammar = result
             try:
                 self._scheduler.add(self._add_choice(live, Sequence(live.request)))
             except EngineError as error:  # every matcher of the backend is in use
                 self._fail(request_id, error, report)
+
+    def _take_checks(self, report: StepReport) -> None:
+        """Answer the requests that only asked about their grammar, as far as the answers are known."""
+        for request_id, result in self._constraints.take_checked():
+            if isinstance(result, EngineError):
+                self._fail(request_id, result, report)
+            else:
+                self._answer_check(request_id, result, report)
+
+    def _answer_check(self, request_id: str, verdict: GrammarVerdict, report: StepReport) -> None:
+        del self._live[request_id]
+        report.outputs.append(TokenOutput(request_id, text=verdict.to_json(), is_last=True))
 
     def _with_bad_word_ids(self, request: GenerationRequest) -> GenerationRequest:
         """A word inside a text has other ids than one at its beginning: both forms are banned."""
@@ -579,7 +605,10 @@ class Engine:
     def _top_details(self, top: list[tuple[int, float]]) -> list[TokenDetail]:
         return [self._token_detail(token_id, logprob) for token_id, logprob in top]
 
-    def _time_token(self, live: _LiveRequest, choice: _Choice, now_s: float, report: StepReport) -> None:
+    def _time_tokens(
+        self, live: _LiveRequest, choice: _Choice, num_tokens: int, now_s: float, report: StepReport
+    ) -> None:
+        """Note one sampled token and the forced ones behind it, which came at the same moment."""
         assert report.metrics is not None
         if live.timings.first_token_s is None:
             live.timings.first_token_s = now_s
@@ -590,7 +619,7 @@ class Engine:
         if choice.last_token_s is not None:
             report.metrics.inter_token_s.append(now_s - choice.last_token_s)
         choice.last_token_s = now_s
-        report.metrics.num_generated_tokens += 1
+        report.metrics.num_generated_tokens += num_tokens
 
     def _measure(self, batch: ScheduledBatch, report: StepReport, step_s: float) -> None:
         metrics = report.metrics
@@ -599,6 +628,8 @@ class Engine:
         metrics.num_prefill_tokens = sum(entry.num_tokens for entry in batch.entries if entry.num_tokens > 1)
         metrics.num_preemptions = self._scheduler.num_preemptions - self._num_preemptions
         self._num_preemptions = self._scheduler.num_preemptions
+        metrics.num_forced_tokens = self._constraints.num_forced_tokens - self._num_forced_tokens
+        self._num_forced_tokens = self._constraints.num_forced_tokens
         metrics.step_s = step_s
         num_running = sum(1 for live in self._live.values() if live.started)
         metrics.gauges = EngineGauges(

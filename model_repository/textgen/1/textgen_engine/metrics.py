@@ -12,18 +12,20 @@ class EngineGauges:
     num_running: int = 0
     num_waiting: int = 0
     kv_cache_usage: float = 0.0
-    num_free_slots: int = 0
 
 
 @dataclass(slots=True)
 class StepMetrics:
     """What one step adds: counts, and observations in seconds.
 
-    inter_token_s: one gap per token that was not its choice's first. batch_size: sequences in the step.
+    inter_token_s: one gap per sampled token that was not its choice's first. batch_size: sequences in the step.
+    num_forced_tokens: of the generated tokens, those that a grammar left no choice about and that were appended without
+    a forward pass of their own (jump-forward).
     """
 
     num_prefill_tokens: int = 0
     num_generated_tokens: int = 0
+    num_forced_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     batch_size: int = 0

@@ -74,7 +74,7 @@ def load_model(config: ModelConfig, backend: AttentionBackend) -> LoadedModel:
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         dtype = _choose_dtype(config, hf_config)
-        _check_memory(folder, dtype, device)
+        _check_memory(folder, hf_config, config.trust_remote_code, dtype, device)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=hf_config,
@@ -144,18 +144,21 @@ def _choose_dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:
     return hf_config.get_text_config().dtype or hf_config.dtype or torch.bfloat16
 
 
-def _check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    num_weights = 0
-    for shard in folder.glob("*.safetensors"):
-        with safe_open(shard, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a dict
-                shape = opened.get_slice(name).get_shape()
-                num_weights += int(torch.Size(shape).numel())
-    needed = num_weights * dtype.itemsize
+def _check_memory(
+    folder: Path, hf_config: Any, trust_remote_code: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse a model that does not fit before anything of it is allocated.
+
+    The size is that of the model the config describes, not of the files: a config that does not belong to its weights
+    may describe a far larger one.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=trust_remote_code)
+    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise ModelLoadError(
-            f"not enough memory: the weights of {folder} need {needed / 2**30:.1f} GiB as {dtype}, "
+            f"not enough memory: the model of {folder} needs {needed / 2**30:.1f} GiB as {dtype}, "
             f"{free / 2**30:.1f} GiB are free"
         )
 
