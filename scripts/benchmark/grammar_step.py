@@ -1,0 +1,201 @@
+"""What grammars cost a step: masks at batch 32 per backend, and new schemas beside a running stream.
+
+    python scripts/benchmark/grammar_step.py --model FOLDER [--output benchmarks/results/grammar_step.json]
+
+1. Mask cost: the time to fill the masks of `--batch` sequences in the middle of a JSON text, against the time of the
+   engine's decode step with that many free sequences.
+2. Arrivals: the gaps between the tokens of one running stream, alone, beside 64 requests that share one schema, and
+   beside 64 with a schema each (never seen before). The second is the fair comparison: those requests cost forward
+   passes either way, and what is left is the compilation.
+
+The engine runs in this process, without Triton. Numbers are ratios within one run; quote them with the machine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "model_repository" / "textgen" / "1"))
+
+from textgen_engine.config import EngineConfig, build_config
+from textgen_engine.engine import Engine
+from textgen_engine.grammar import GrammarCompiler, GrammarLimits, GrammarMatcher, MaskFiller, parse_grammar
+from textgen_engine.messages import StepReport
+from textgen_engine.request import GenerationRequest, StoppingParams
+
+_TEXT = '{"first_name": "Ada", "age": 36, "tags": ["mathematics", "poe'
+_LIMITS = GrammarLimits()
+
+
+def _schema(number: int) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {
+            "first_name": {"type": "string", "maxLength": 20 + number},
+            "age": {"type": "integer", "minimum": 0, "maximum": 150 + number},
+            "tags": {"type": "array", "items": {"type": "string", "maxLength": 40}, "maxItems": 5},
+        },
+        "required": ["first_name", "age", "tags"],
+        "additionalProperties": False,
+    }
+
+
+class _Recorder:
+    """Token times per request and step times, from the engine's reports."""
+
+    def __init__(self) -> None:
+        self.token_times: dict[str, list[float]] = {}
+        self.step_times: list[tuple[int, float]] = []
+        self.finished = threading.Condition()
+        self.num_finished = 0
+
+    def __call__(self, report: StepReport) -> None:
+        now = time.perf_counter()
+        if report.metrics is not None and report.metrics.batch_size and not report.metrics.num_prefill_tokens:
+            self.step_times.append((report.metrics.batch_size, report.metrics.step_s))
+        with self.finished:
+            for output in report.outputs:
+                if output.error is not None:
+                    raise output.error
+                self.token_times.setdefault(output.request_id, []).extend([now] * len(output.token_ids))
+                self.num_finished += output.is_last
+            self.finished.notify_all()
+
+    def wait(self, num_finished: int) -> None:
+        with self.finished:
+            self.finished.wait_for(lambda: self.num_finished >= num_finished)
+
+
+def _request(name: str, prompt: list[int], num_tokens: int, schema: dict[str, Any] | None = None) -> GenerationRequest:
+    grammar = None if schema is None else parse_grammar({"type": "json", "value": schema}, limits=_LIMITS)
+    return GenerationRequest(
+        name,
+        tuple(prompt),
+        grammar=grammar,
+        stopping=StoppingParams(max_new_tokens=num_tokens, ignore_eos_token=True),
+        arrival_s=time.monotonic(),
+    )
+
+
+def _mask_costs(
+    tokenizer: Any, config: EngineConfig, eos_ids: frozenset[int], width: int, batch: int
+) -> dict[str, Any]:
+    costs: dict[str, Any] = {}
+    prefix = tokenizer.encode(_TEXT, add_special_tokens=False)
+    for name in config.grammar.backends:
+        compiler = GrammarCompiler(tokenizer, vocab_size=width, eos_token_ids=eos_ids, backends=(name,))
+        try:
+            costs[name] = _mask_cost(compiler, name, prefix, batch)
+        except Exception as error:  # a library that is not installed, or that cannot serve so many at once
+            costs[name] = f"not measured: {error}"
+        finally:
+            compiler.close()
+    return costs
+
+
+def _mask_cost(compiler: GrammarCompiler, name: str, prefix: list[int], batch: int) -> dict[str, float]:
+    spec = parse_grammar({"type": "json", "value": _schema(0), "backend": name}, limits=_LIMITS)
+    assert spec is not None
+    handle = compiler.submit(spec)
+    while not handle.done():
+        time.sleep(0.001)
+    compiled = handle.result()
+    matchers = [compiled.matcher() for _ in range(batch)]
+    try:
+        for index, matcher in enumerate(matchers):
+            for token_id in prefix[: len(prefix) - index % 7]:  # not all at the same place
+                _settle(matcher)
+                assert matcher.advance([token_id]) == 1
+        return _time_fill(compiler.masks, matchers)
+    finally:
+        for matcher in matchers:
+            matcher.close()
+
+
+def _settle(matcher: GrammarMatcher) -> None:
+    while not matcher.ready():
+        time.sleep(0.0005)
+
+
+def _time_fill(masks: MaskFiller, matchers: list[GrammarMatcher]) -> dict[str, float]:
+    times = []
+    for _ in range(30):
+        for matcher in matchers:
+            _settle(matcher)
+        start = time.perf_counter()
+        masks.fill(list(enumerate(matchers)))
+        times.append((time.perf_counter() - start) * 1e3)
+    return {"median_ms": statistics.median(times), "best_ms": min(times)}
+
+
+def _gaps(times: list[float]) -> dict[str, float]:
+    gaps = sorted((b - a) * 1e3 for a, b in itertools.pairwise(times))
+    return {
+        "median_ms": statistics.median(gaps),
+        "p99_ms": gaps[min(len(gaps) - 1, int(len(gaps) * 0.99))],
+        "max_ms": gaps[-1],
+    }
+
+
+@click.command()
+@click.option("--model", required=True, help="folder of a checkpoint")
+@click.option("--batch", default=32, show_default=True)
+@click.option("--tokens", default=160, show_default=True, help="length of the running stream")
+@click.option("--output", type=Path, default=None, help="JSON file for the numbers")
+def main(model: str, batch: int, tokens: int, output: Path | None) -> None:
+    """Measure and print; see the module's docstring."""
+    options = {"model_id": model, "max_total_tokens": "1024", "max_batch_total_tokens": "65536"}
+    config = build_config(options, {})
+    recorder = _Recorder()
+    engine = Engine(config, recorder)
+    thread = threading.Thread(target=engine.run)
+    thread.start()
+    prompt = list(range(1000, 1032))
+    results: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "batch": batch}
+    try:
+        finished = 0
+        for number in range(batch):
+            engine.submit(_request(f"free {number}", [*prompt, number], 24))
+        finished += batch
+        recorder.wait(finished)
+        steps = [seconds * 1e3 for size, seconds in recorder.step_times if size == batch]
+        results["decode_step_ms"] = statistics.median(steps)
+
+        for case, schemas in (("alone", []), ("one schema", [0] * 64), ("64 new schemas", list(range(1, 65)))):
+            engine.submit(_request(f"stream {case}", prompt, tokens))
+            while len(recorder.token_times.get(f"stream {case}", [])) < 5:
+                time.sleep(0.005)
+            for index, number in enumerate(schemas):
+                engine.submit(_request(f"{case} {index}", [*prompt, index], 8, _schema(number)))
+                time.sleep(0.05)
+            finished += 1 + len(schemas)
+            recorder.wait(finished)
+            results[f"gaps, {case}"] = _gaps(recorder.token_times[f"stream {case}"])
+    finally:
+        engine.stop()
+        thread.join()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    results["masks"] = _mask_costs(tokenizer, config, engine.info.eos_token_ids, engine.info.vocab_size, batch)
+    for cost in results["masks"].values():
+        if isinstance(cost, dict):
+            cost["share_of_step"] = cost["median_ms"] / results["decode_step_ms"]
+    text = json.dumps(results, indent=2)
+    print(text)
+    if output is not None:
+        output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
