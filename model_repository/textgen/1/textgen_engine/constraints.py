@@ -1,7 +1,8 @@
 """The engine's constrained sequences: who waits for a grammar, who walks one, and the masks of a step.
 
 Sits between the engine's loop, which knows tokens and sequences, and the grammar room, which knows neither. A request
-waits here until its grammar is compiled; then each of its choices owns a matcher until it ends.
+waits here until its grammar is compiled; then each of its choices owns a matcher until it ends. A request that only
+asks what a grammar takes waits here for that walk too, which has a thread of its own.
 
 Forced tokens: where the grammar leaves one continuation, the tokenizer's own split of it is what comes next. With
 jump-forward these tokens are appended at once and computed together, as a short prompt; without, each is sampled from a
@@ -10,7 +11,7 @@ mask that allows it alone. Both ways give the same tokens, so that the option ch
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ import torch
 
 from textgen_engine.errors import EngineError, EngineFailure, GrammarError
 from textgen_engine.grammar import CompiledGrammar, GrammarCompiler, GrammarHandle, GrammarMask, GrammarMatcher
+from textgen_engine.grammar.check import GrammarVerdict, TextSplitter, check_text
 from textgen_engine.request import GenerationRequest
 from textgen_engine.sampling.sampler import GrammarRows
 from textgen_engine.sequence import Sequence
@@ -43,12 +45,19 @@ class _Walk:
 class Constraints:
     """Called from the engine's loop thread alone."""
 
-    def __init__(self, compiler: GrammarCompiler, *, jump_forward: bool) -> None:
+    def __init__(
+        self, compiler: GrammarCompiler, *, jump_forward: bool, on_checked: Callable[[], None] = lambda: None
+    ) -> None:
+        """on_checked: called from any thread when `take_checked` has something new."""
         self._compiler = compiler
         self._jump_forward = jump_forward
         self._waiting: dict[str, GrammarHandle] = {}
         self._walks: dict[Sequence, _Walk] = {}
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
+        self._checks: dict[str, Future[GrammarVerdict]] = {}
+        self._check_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-checks")
+        self._on_checked = on_checked
+        self._splitter: TextSplitter | None = None  # made by the first check, in its thread
         self.num_forced_tokens = 0
 
     # ---- waiting for a grammar ---------------------------------------------------------------------------------
@@ -77,6 +86,35 @@ class Constraints:
         handle = self._waiting.pop(request_id, None)
         if handle is not None:
             handle.cancel()
+        check = self._checks.pop(request_id, None)
+        if check is not None:
+            check.cancel()
+
+    # ---- checking a text ---------------------------------------------------------------------------------------
+
+    def check(self, request: GenerationRequest, compiled: CompiledGrammar) -> None:
+        """Begin to find out what the request's `grammar_check` asks about its compiled grammar."""
+        check = self._check_thread.submit(self._verdict, request, compiled)
+        self._checks[request.request_id] = check
+        check.add_done_callback(lambda _: self._on_checked())
+
+    def take_checked(self) -> Iterable[tuple[str, GrammarVerdict | EngineError]]:
+        """Requests whose check is done, with its result."""
+        for request_id in [i for i, check in self._checks.items() if check.done()]:
+            try:
+                yield request_id, self._checks.pop(request_id).result()
+            except EngineError as error:
+                yield request_id, error
+
+    def _verdict(self, request: GenerationRequest, compiled: CompiledGrammar) -> GrammarVerdict:
+        assert request.grammar is not None and request.grammar_check is not None
+        text = None
+        if request.grammar_check.text is not None:
+            if self._splitter is None:
+                self._splitter = TextSplitter(self._compiler.vocabulary)
+            limit_s = self._compiler.limits.compile_timeout_s
+            text = check_text(compiled, self._splitter, request.grammar_check.text, timeout_s=limit_s)
+        return GrammarVerdict(True, request.grammar.backend, tuple(compiled.warnings), text=text)
 
     # ---- walking a grammar -------------------------------------------------------------------------------------
 
@@ -154,6 +192,7 @@ class Constraints:
     def close(self) -> None:
         """End the compiler's threads and worker processes."""
         self._mask_thread.shutdown(wait=False)
+        self._check_thread.shutdown(wait=False, cancel_futures=True)
         self._compiler.close()
 
 

@@ -56,6 +56,13 @@ class OutputParams:
 
 
 @dataclass(frozen=True, slots=True)
+class GrammarCheck:
+    """Say whether the request's grammar is supported, and whether `text` obeys it (None: no text to check)."""
+
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One validated request, as the engine receives it.
 
@@ -64,6 +71,7 @@ class GenerationRequest:
     bad_words: strings that must not come up; the engine adds their ids to those of sampling.bad_words.
     priority: larger is sooner; 0 is the default.
     grammar: what every choice's text must obey; None leaves it free.
+    grammar_check: nothing is generated, and the prompt is empty: the one output's text is the JSON of a GrammarVerdict.
     n: number of choices that share one prefill. best_of: candidates generated, of which the best `n` are reported.
     stream: past its deadline a streaming request ends with what it has, another fails.
     cache_salt: part of every prefix-cache key; requests with different salts never share blocks.
@@ -78,6 +86,7 @@ class GenerationRequest:
     best_of: int = 1
     bad_words: tuple[str, ...] = ()
     grammar: GrammarSpec | None = None
+    grammar_check: GrammarCheck | None = None
     stream: bool = False
     priority: int = 0
     arrival_s: float = 0.0
