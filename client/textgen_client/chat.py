@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from collections.abc import Mapping
-from types import FrameType
 from typing import Any
 
-from textgen_client.client import Client, Stream
+from textgen_client.client import Client
 from textgen_client.errors import RequestCancelled, TextgenError
 
 _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C ends an answer"
@@ -56,16 +54,13 @@ class Chat:
         self._messages.append({"role": "user", "content": line})
         shown: list[str] = []
         try:
-            with _CtrlC() as ctrl_c:
-                stream = self._client.stream(messages=self._messages, timeout=self._timeout_s, **self._parameters)
-                ctrl_c.closes(stream)
-                with stream:
-                    for chunk in stream:
-                        shown.append(chunk.text)
-                        sys.stdout.write(chunk.text)
-                        sys.stdout.flush()
+            with self._client.stream(messages=self._messages, timeout=self._timeout_s, **self._parameters) as stream:
+                for chunk in stream:
+                    shown.append(chunk.text)
+                    sys.stdout.write(chunk.text)
+                    sys.stdout.flush()
             print()
-        except RequestCancelled:
+        except (KeyboardInterrupt, RequestCancelled):
             print("\n(cancelled)")
         except TextgenError as error:
             if shown:
@@ -75,29 +70,3 @@ class Chat:
             self._messages.append({"role": "assistant", "content": "".join(shown)})
         else:
             self._messages.pop()
-
-
-class _CtrlC:
-    """Inside its `with`, Ctrl-C closes a stream; a KeyboardInterrupt could strike within gRPC's own bookkeeping."""
-
-    def __init__(self) -> None:
-        self._pressed = False
-        self._stream: Stream | None = None
-
-    def closes(self, stream: Stream) -> None:
-        """From now on Ctrl-C closes this stream; at once if it was pressed before."""
-        self._stream = stream
-        if self._pressed:
-            stream.close()
-
-    def __enter__(self) -> _CtrlC:
-        self._before = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _press(self, _signum: int, _frame: FrameType | None) -> None:
-        self._pressed = True
-        if self._stream is not None:
-            self._stream.close()

@@ -6,7 +6,10 @@ belongs to one thread, except for `close()`, which any thread (or a signal handl
 
 from __future__ import annotations
 
+import atexit
+import functools
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -18,6 +21,7 @@ from textgen_client import wire
 from textgen_client.channel import DEFAULT_MODEL, DEFAULT_URL, Connection, KeepAlive, Tls, deadline
 from textgen_client.errors import OverloadedError, RequestCancelled, ServerUnavailable, TextgenError, error_from_status
 from textgen_client.health import PROBE_PROMPT, Health, probe_parameters, readiness
+from textgen_client.interrupt import InterruptCancels
 from textgen_client.results import Chunk, Generation, ModelStatus
 
 
@@ -28,10 +32,10 @@ class Stream(Iterator[Chunk]):
     over it (break, exception). Iterating raises the request's error, once; after that the stream is at its end.
     """
 
-    def __init__(self, call: Any, request_id: str, url: str) -> None:
+    def __init__(self, call: Any, request_id: str, client: Client) -> None:
         self.request_id = request_id
         self._call = call
-        self._url = url
+        self._client = client  # its channel must outlive the call
         self._reader = wire.ResponseReader(request_id)
         self._ended = False
         self._closed = False
@@ -39,7 +43,9 @@ class Stream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         while not self._ended:
             try:
-                chunk = self._reader.read(next(self._call))
+                with InterruptCancels(self._call):
+                    response = next(self._call)
+                chunk = self._reader.read(response)
             except StopIteration:
                 self._ended = True
                 self._reader.end()
@@ -48,7 +54,7 @@ class Stream(Iterator[Chunk]):
                 if self._closed:
                     raise RequestCancelled("the stream was closed", self.request_id) from None
                 if not self._reader.is_final:  # afterwards the connection may break as it likes
-                    raise error_from_status(error, self._url, self.request_id) from None
+                    raise error_from_status(error, self._client.url, self.request_id) from None
             except BaseException:  # an error of the request, or Ctrl-C while waiting
                 self.close()
                 self._ended = True
@@ -103,6 +109,10 @@ class Client:
         self._connection = Connection(url, tls, keepalive, headers or {}, channel_options or {})
         self._channel = self._connection.open(grpc)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        # At exit the interpreter freezes gRPC's daemon thread wherever it is, and a call that is freed later waits for
+        # ever if that thread holds its lock. Closing the channel just before ends the calls, and with them the thread.
+        self._exit_hook = functools.partial(_close_channel, weakref.ref(self._channel))
+        atexit.register(self._exit_hook)
 
     def generate(
         self,
@@ -187,6 +197,11 @@ class Client:
     def close(self) -> None:
         """Close the connection; requests that still run are cancelled."""
         self._channel.close()
+        atexit.unregister(self._exit_hook)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_exit_hook"):  # missing when __init__ failed
+            atexit.unregister(self._exit_hook)
 
     def __enter__(self) -> Client:
         return self
@@ -217,12 +232,14 @@ class Client:
         self, request: Any, request_id: str, deadline_s: float | None, headers: Mapping[str, str] | None
     ) -> Stream:
         try:
-            call = self._stub.ModelStreamInfer(
-                iter((request,)), timeout=deadline_s, metadata=self._connection.metadata(headers)
-            )
+            with InterruptCancels() as interrupt:
+                call = self._stub.ModelStreamInfer(
+                    iter((request,)), timeout=deadline_s, metadata=self._connection.metadata(headers)
+                )
+                interrupt.cancels(call)
         except ValueError as error:  # "Cannot invoke RPC on closed channel!"
             raise ServerUnavailable(f"{self.url}: {error}", request_id) from None
-        return Stream(call, request_id, self.url)
+        return Stream(call, request_id, self)
 
     def _ask(self, method: Any, request: Any, timeout_s: float) -> Any:
         try:
@@ -231,3 +248,9 @@ class Client:
             raise error_from_status(error, self.url) from None
         except ValueError as error:
             raise ServerUnavailable(f"{self.url}: {error}") from None
+
+
+def _close_channel(reference: weakref.ReferenceType[Any]) -> None:
+    channel = reference()
+    if channel is not None:
+        channel.close()
