@@ -164,6 +164,9 @@ class TestOneLife:
         client.submit(make_request("twice unlucky", PROMPT, 12, arrival_s=time.monotonic()))
         client.submit(make_request("cancelled to nobody", PROMPT, 12))
         client.cancel("cancelled to nobody")  # the message is lost with the process it was for
+        client.submit(make_request("short of time", PROMPT, 12, deadline_s=time.monotonic() + 0.1))
+        assert isinstance(mailbox.answer("short of time").error, DeadlineExceeded)
+        assert client.state is EngineState.READY, "answered before the silence counts as a hang"
         errors = [mailbox.answer(f"hung {index}").error for index in range(8)]
         assert HANG_S <= time.monotonic() - stopped_s < HANG_S + 3
         assert all(

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 _RESTART_WINDOW_S = 600.0
 _STOP_TIMEOUT_S = 10.0
 _POLL_S = 0.1
+# The engine itself ends a request at its deadline; the supervisor does so much later, when the engine does not answer.
+_DEADLINE_GRACE_S = 2.0
 # A queued request that was there when so many engines died may be what kills them: it is not given to another one.
 _MAX_DEATHS = 2
 
@@ -186,6 +188,7 @@ class EngineClient:
                 last_message_s = time.monotonic()
             elif time.monotonic() - last_message_s > self._config.supervision.hang_timeout_s:
                 return f"did not answer for {self._config.supervision.hang_timeout_s:g} seconds"
+            self._expire_pending(time.monotonic() - _DEADLINE_GRACE_S, "the engine did not answer in time")
 
     def _note(self, report: StepReport) -> None:
         with self._lock:
@@ -201,7 +204,10 @@ class EngineClient:
                     del self._pending[output.request_id]
                 outputs.append(output)
             report.outputs = outputs
-        self._on_report(report)
+        try:
+            self._on_report(report)
+        except Exception:  # the caller's fault; without this thread no request would ever be answered again
+            logger.exception("a report was not taken in")
 
     def _restart(self) -> bool:
         """A new engine for the kept requests; False when it is given up."""
@@ -265,7 +271,7 @@ class EngineClient:
         problem: Exception
         try:
             while not connection.poll(_POLL_S):
-                self._expire_pending()
+                self._expire_pending(time.monotonic(), "the engine was restarting when the request's time was up")
                 if self._state is EngineState.STOPPED:
                     self._end_process()
                     raise ModelLoadError("stopped while loading")
@@ -290,11 +296,11 @@ class EngineClient:
 
     # ---- answers that the engine cannot give -------------------------------------------------------------------
 
-    def _expire_pending(self) -> None:
-        now_s = time.monotonic()
+    def _expire_pending(self, limit_s: float, reason: str) -> None:
+        """End requests whose deadline is before limit_s."""
         self._take_out(
-            lambda pending: pending.request.deadline_s is not None and pending.request.deadline_s <= now_s,
-            DeadlineExceeded("the engine was restarting when the request's time was up"),
+            lambda pending: pending.request.deadline_s is not None and pending.request.deadline_s <= limit_s,
+            DeadlineExceeded(reason),
         )
 
     def _take_out(self, concerns: Callable[[_Pending], bool], error: EngineError) -> None:
