@@ -7,6 +7,7 @@ ports and are gone at the end, whatever the test did.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,12 @@ from .running_server import REPOSITORY_ROOT, SERVER_ENVIRONMENT, RunningServer, 
 
 MODEL_DIR = REPOSITORY_ROOT / ".cache" / "models" / "smollm2-135m-instruct"
 SERVER_FOLDERS = ("server", "conformance")
+
+_STRICT_TEMPLATE = (
+    "{% for message in messages %}{% if message.role not in ['user', 'assistant'] %}"
+    "{{ raise_exception('only user and assistant may speak, not ' + message.role) }}{% endif %}"
+    "{{ message.content }}{% endfor %}"
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,17 +57,21 @@ def narrow_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """One slot, small steps and room for six requests: what queues, waits, and a prompt takes many steps.
 
     Its streams write keep-alives, without which Triton does not notice an HTTP client that leaves before the first
-    token.
+    token. Its chat template takes two roles and refuses all others.
     """
+    folder = tmp_path_factory.mktemp("narrow_server")
+    tokenizer_config = json.loads((model_dir / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config | {"chat_template": _STRICT_TEMPLATE}))
     options = {
         "MODEL_ID": str(model_dir),
+        "TOKENIZER_CONFIG_PATH": str(folder / "tokenizer_config.json"),
         "MAX_BATCH_SIZE": "1",
         "MAX_BATCH_PREFILL_TOKENS": "16",
         "MAX_BATCH_TOTAL_TOKENS": "2048",
         "MAX_CONCURRENT_REQUESTS": "6",
         "TEXTGEN_KEEP_ALIVE_S": "0.2",
     }
-    running = RunningServer(tmp_path_factory.mktemp("narrow_server"), SERVER_ENVIRONMENT | options)
+    running = RunningServer(folder, SERVER_ENVIRONMENT | options)
     try:
         yield running.wait_until_ready()
     finally:

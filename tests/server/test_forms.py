@@ -44,9 +44,7 @@ def test_every_form_and_transport_gives_the_same_text(wire: Wire, sampling: dict
     ways = list(itertools.product(("textgen", "ensemble"), forms, (_over_grpc, _over_http), (False, True)))
     with ThreadPoolExecutor(len(ways)) as threads:
         waiting = [
-            threads.submit(
-                ask, wire, stream, model=model, sampling_parameters={"max_new_tokens": 12, **sampling}, **form
-            )
+            threads.submit(ask, wire, stream, model=model, sampling_parameters=parameters, **form)
             for model, form, ask, stream in ways
         ]
     texts = [answer.result() for answer in waiting]

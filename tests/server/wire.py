@@ -21,7 +21,7 @@ import grpc
 from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 
 if TYPE_CHECKING:
-    from .conftest import RunningServer
+    from ..running_server import RunningServer
 
 # Longest silence of a server under test; far beyond what any answer takes, so that only a hang reaches it.
 SILENCE_S = 120.0
@@ -171,17 +171,15 @@ class Wire:
 
     def ask(self, **request: Any) -> Outcome:
         """All responses of one request, whatever its end."""
-        outcome = Outcome()
-        try:
-            outcome.responses.extend(self.open(**request))
-        except grpc.RpcError as error:
-            outcome.broken = error.code()
-        outcome.ended_s = time.monotonic()
-        return outcome
+        return _drain(self.open(**request))
 
     def ask_soon(self, **request: Any) -> Future[Outcome]:
         """`ask` on a thread of its own."""
         return self._threads.submit(lambda: self.ask(**request))
+
+    def rest_soon(self, call: Call) -> Future[Outcome]:
+        """The responses that a call still has, read on a thread of its own."""
+        return self._threads.submit(_drain, call)
 
     def error_of(self, **request: Any) -> str:
         """The text of a request that is to fail before its first token; fails the test for any other answer."""
@@ -243,6 +241,16 @@ def strings(*values: str | bytes) -> Tensor:
     """A BYTES tensor of any number of elements, valid UTF-8 or not."""
     encoded = [value.encode() if isinstance(value, str) else value for value in values]
     return Tensor("BYTES", [len(encoded)], b"".join(struct.pack("<I", len(value)) + value for value in encoded))
+
+
+def _drain(call: Call) -> Outcome:
+    outcome = Outcome()
+    try:
+        outcome.responses.extend(call)
+    except grpc.RpcError as error:
+        outcome.broken = error.code()
+    outcome.ended_s = time.monotonic()
+    return outcome
 
 
 def _tensor(name: str, value: Any) -> Tensor:

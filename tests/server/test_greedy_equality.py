@@ -1,0 +1,106 @@
+"""Greedy text through Triton equals transformers' own `generate`, token for token: alone, and under want of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ..running_server import REPOSITORY_ROOT, SERVER_ENVIRONMENT, RunningServer
+from .wire import wait_until, wait_until_idle
+
+if TYPE_CHECKING:
+    from .conftest import Connect
+
+NUM_NEW_TOKENS = 16
+
+# Prompt lengths in tokens. Together several times the server's KV cache.
+TEXT_LENGTHS = (5, 7, 8, 9, 15, 16, 17, 31, 33, 50, 64, 80, 100, 130, 170, 250, 1500)
+QUESTIONS = (
+    "What is the capital of France?",
+    "Write a haiku about the sea.",
+    "Explain to a child why the sky is blue, and why it is red in the evening.",
+)
+
+
+@pytest.fixture(scope="module")
+def cramped_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """Small blocks, and a KV cache that the prompts together exceed several times."""
+    options = {
+        "MODEL_ID": str(model_dir),
+        "TEXTGEN_BLOCK_SIZE": "8",
+        "MAX_BATCH_TOTAL_TOKENS": "1560",
+        "MAX_INPUT_TOKENS": "1520",
+        "MAX_TOTAL_TOKENS": "1560",
+        "MAX_BATCH_PREFILL_TOKENS": "128",
+    }
+    running = RunningServer(tmp_path_factory.mktemp("cramped_server"), SERVER_ENVIRONMENT | options)
+    try:
+        yield running.wait_until_ready()
+    finally:
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def prompts(model_dir: Path) -> list[list[int]]:
+    """Twenty prompts as token ids: English of every length, and chats."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    text = (REPOSITORY_ROOT / "LICENSE").read_text().split("Definitions.")[1]
+    ids: list[int] = tokenizer(text)["input_ids"]
+    found, start = [], 0
+    for length in TEXT_LENGTHS:
+        # Each begins elsewhere, so that the prefix cache does not answer for the rest.
+        found.append(ids[start : start + length])
+        start += 13
+    for question in QUESTIONS:
+        messages = [{"role": "user", "content": question}]
+        chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        found.append(chat["input_ids"])
+    assert [len(prompt) for prompt in found[: len(TEXT_LENGTHS)]] == list(TEXT_LENGTHS)
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """What transformers generates, one prompt at a time, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    texts = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_NEW_TOKENS
+        )
+        texts.append(output[0, len(prompt) :].tolist())
+    return texts
+
+
+def _request(prompt: list[int]) -> dict[str, Any]:
+    sampling = {"max_new_tokens": NUM_NEW_TOKENS, "details": True}
+    return {"input_ids": prompt, "stream": True, "sampling_parameters": sampling}
+
+
+def test_alone(
+    cramped_server: RunningServer, connect: Connect, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    wire = connect(cramped_server)
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        assert wire.ask(**_request(prompt)).token_ids == tokens
+
+
+def test_all_at_once_with_preemption(
+    cramped_server: RunningServer, connect: Connect, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    wire = connect(cramped_server)
+    before = cramped_server.metric("tgi_preemptions")
+    outcomes = [waiting.result() for waiting in [wire.ask_soon(**_request(prompt)) for prompt in prompts]]
+    assert [outcome.errors for outcome in outcomes] == [[]] * len(prompts)
+    assert [outcome.token_ids for outcome in outcomes] == expected
+    wait_until(lambda: cramped_server.metric("tgi_preemptions") > before, "a preemption, or this test tests nothing")
+    wait_until_idle(cramped_server)
