@@ -40,6 +40,10 @@ _COUNTERS = {
     "tgi_engine_restarts": "Restarts of the engine process",
     "tgi_batch_inference_count": "Steps of the engine",
 }
+# The public types of errors.py: values of tgi_request_failure's label `err`.
+_FAILURES = (
+    "validation", "template_error", "tool_error", "overloaded", "timeout", "cancelled", "healthcheck", "generation"
+)  # fmt: skip
 _GAUGES = {
     "tgi_queue_size": "Requests waiting",
     "tgi_batch_current_size": "Requests running",
@@ -87,7 +91,11 @@ class MetricsPublisher:
         self._metrics: dict[tuple[str, str], Any] = {}
         for name, text in _COUNTERS.items():
             self._families[name] = pb_utils.MetricFamily(name, text, pb_utils.MetricFamily.COUNTER)
-            if name != "tgi_request_failure":
+            if name == "tgi_request_failure":
+                # All reasons are shown from the start: a rate over a series that does not exist yet is no rate.
+                for err in _FAILURES:
+                    self._metrics[name, err] = self._families[name].Metric(labels={**labels, "err": err})
+            else:
                 self._metrics[name, ""] = self._families[name].Metric(labels=labels)
         for name, text in _GAUGES.items():
             self._families[name] = pb_utils.MetricFamily(name, text, pb_utils.MetricFamily.GAUGE)
@@ -171,7 +179,7 @@ class MetricsPublisher:
             now = (self._gauges, is_ready)
         for (name, err), amount in counts.items():
             if amount:
-                self._counter(name, err).increment(amount)
+                self._metrics[name, err].increment(amount)
         if now != shown:
             gauges = now[0]
             self._metrics["tgi_queue_size", ""].set(gauges.num_waiting)
@@ -183,8 +191,3 @@ class MetricsPublisher:
             for value in values[::stride]:
                 self._metrics[name, ""].observe(value)
         return now
-
-    def _counter(self, name: str, err: str) -> Any:
-        if (name, err) not in self._metrics:
-            self._metrics[name, err] = self._families[name].Metric(labels={**self._labels, "err": err})
-        return self._metrics[name, err]
