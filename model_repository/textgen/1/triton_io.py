@@ -18,6 +18,7 @@ from textgen_engine.errors import (
     Cancelled,
     DeadlineExceeded,
     EngineError,
+    GrammarError,
     InvalidParameter,
     NotReady,
     Overloaded,
@@ -28,6 +29,7 @@ from textgen_engine.errors import (
     Unsupported,
 )
 from textgen_engine.grammar.base import GrammarSpec, grammar_limits
+from textgen_engine.grammar.check import GrammarVerdict
 from textgen_engine.grammar.parse import parse_grammar
 from textgen_engine.messages import EngineInfo
 from textgen_engine.parameters import ParameterLimits, RequestParameters, parse_parameters
@@ -62,15 +64,17 @@ class ResponseOptions:
 class ParsedRequest:
     """A Triton request, read and checked as far as that goes without the tokenizer.
 
-    prompt_form: which of PROMPT_FORMS is given. input_ids, prompt_text: given ones.
+    prompt_form: which of PROMPT_FORMS is given; None for a grammar check, which has no prompt (and empty input_ids).
+    input_ids, prompt_text: given ones. grammar_refusal: a grammar check's answer, where the grammar is refused here.
     given_parameters: sampling parameters as given, for the tokenizer model.
     """
 
-    prompt_form: str
+    prompt_form: str | None
     input_ids: list[int] | None
     prompt_text: str | None
     parameters: RequestParameters
     grammar: GrammarSpec | None
+    grammar_refusal: GrammarVerdict | None
     given_parameters: dict[str, Any]
     options: ResponseOptions
 
@@ -96,15 +100,14 @@ def parse_request(
     request: Any, *, limits: ParameterLimits, vocab_size: int, grammar_config: GrammarConfig
 ) -> ParsedRequest:
     """Read every input and parameter. Raises RequestError naming what is wrong."""
-    given = [name for name in PROMPT_FORMS if pb_utils.get_input_tensor_by_name(request, name) is not None]
-    if len(given) != 1:
-        what = "none was" if not given else " and ".join(given) + " were"
-        raise InvalidParameter(f"exactly one of text_input, messages and input_ids must be given; {what} given")
     flags = {name: _flag(request, name) for name in _FLAGS}
     stream = flags["stream"] or False
     given_parameters = _given_parameters(request)
     parameters = parse_parameters(given_parameters, limits=limits, stream=stream, vocab_size=vocab_size)
     _refuse_unsupported(parameters)
+    if parameters.grammar_check is not None:
+        return _parse_grammar_check(request, parameters, given_parameters, grammar_config, stream=stream)
+    prompt_form = _prompt_form(request)
     grammar = _grammar_spec(parameters, grammar_config)
     full_text = parameters.return_full_text
     if flags["exclude_input_in_output"] is not None:
@@ -127,18 +130,51 @@ def parse_request(
     if options.logprobs:
         parameters = replace(parameters, output=replace(parameters.output, logprobs=True))
     return ParsedRequest(
-        prompt_form=given[0],
-        input_ids=_input_ids(request) if given[0] == "input_ids" else None,
+        prompt_form=prompt_form,
+        input_ids=_input_ids(request) if prompt_form == "input_ids" else None,
         prompt_text=_text(request, "prompt_text"),
         parameters=parameters,
         grammar=grammar,
+        grammar_refusal=None,
         given_parameters=given_parameters,
         options=options,
     )
 
 
+def _parse_grammar_check(
+    request: Any,
+    parameters: RequestParameters,
+    given_parameters: dict[str, Any],
+    config: GrammarConfig,
+    *,
+    stream: bool,
+) -> ParsedRequest:
+    """A request that only asks about its grammar. That the grammar cannot be had is then an answer, not an error."""
+    forms = _given_forms(request)
+    if forms:
+        raise InvalidParameter(f"`grammar_check` takes no prompt; given: {' and '.join(forms)}")
+    grammar, refusal = None, None
+    try:
+        grammar = _grammar_spec(parameters, config)
+    except (GrammarError, ToolError, Unsupported) as error:
+        refusal = GrammarVerdict(False, error=error.message)
+    if grammar is None and refusal is None:
+        raise InvalidParameter("`grammar_check` needs a grammar (`grammar`, `response_format` or `tools`); given: none")
+    return ParsedRequest(
+        prompt_form=None,
+        input_ids=[],
+        prompt_text=None,
+        parameters=parameters,
+        grammar=grammar,
+        grammar_refusal=refusal,
+        given_parameters=given_parameters,
+        options=ResponseOptions(stream=stream),
+    )
+
+
 def tokenizer_request(request: Any, parsed: ParsedRequest) -> Any:
     """The BLS request that turns the prompt of a parsed request into ids."""
+    assert parsed.prompt_form is not None
     inputs = [pb_utils.get_input_tensor_by_name(request, parsed.prompt_form)]
     if parsed.given_parameters:
         inputs.append(_string_tensor("sampling_parameters", [json.dumps(parsed.given_parameters)]))
@@ -172,6 +208,16 @@ def build_request(
 ) -> GenerationRequest:  # fmt: skip
     """The engine's request. Raises PromptTooLong or InvalidParameter when the prompt does not fit."""
     parameters = parsed.parameters
+    deadline_s = None if timeout_s is None else arrival_s + timeout_s
+    if parameters.grammar_check is not None:
+        return GenerationRequest(
+            request_id=request_id,
+            prompt_token_ids=(),
+            grammar=parsed.grammar,
+            grammar_check=parameters.grammar_check,
+            arrival_s=arrival_s,
+            deadline_s=deadline_s,
+        )
     if not prompt_ids:
         raise InvalidParameter("the prompt is empty: at least one token is needed")
     for position, token_id in enumerate(prompt_ids):
@@ -184,13 +230,13 @@ def build_request(
     num_prompt = len(prompt_ids)
     if num_prompt > info.max_input_tokens:
         raise PromptTooLong(
-            f"`inputs` must have at most {info.max_input_tokens} tokens (max_input_tokens); given: {num_prompt}"
+            f"the prompt has {num_prompt} tokens; allowed are {info.max_input_tokens} (MAX_INPUT_TOKENS)"
         )
     max_new = parameters.stopping.max_new_tokens
     if max_new is not None and num_prompt + max_new > info.max_total_tokens:
         raise PromptTooLong(
-            f"`inputs` tokens + `max_new_tokens` must be at most {info.max_total_tokens} (max_total_tokens); "
-            f"given: {num_prompt} `inputs` tokens and {max_new} `max_new_tokens`"
+            f"the prompt has {num_prompt} tokens and `max_new_tokens` is {max_new}; together allowed are "
+            f"{info.max_total_tokens} (MAX_TOTAL_TOKENS)"
         )
     return GenerationRequest(
         request_id=request_id,
@@ -205,7 +251,7 @@ def build_request(
         stream=parsed.options.stream,
         priority=parameters.priority,
         arrival_s=arrival_s,
-        deadline_s=None if timeout_s is None else arrival_s + timeout_s,
+        deadline_s=deadline_s,
     )
 
 
@@ -215,6 +261,18 @@ def request_timeout_s(request: Any, parameters: RequestParameters, default_s: fl
     if request.timeout() > 0:
         given.append(request.timeout() / 1e6)
     return min(given) if given else default_s
+
+
+def _given_forms(request: Any) -> list[str]:
+    return [name for name in PROMPT_FORMS if pb_utils.get_input_tensor_by_name(request, name) is not None]
+
+
+def _prompt_form(request: Any) -> str:
+    given = _given_forms(request)
+    if len(given) != 1:
+        what = "none was" if not given else " and ".join(given) + " were"
+        raise InvalidParameter(f"exactly one of text_input, messages and input_ids must be given; {what} given")
+    return given[0]
 
 
 def _given_parameters(request: Any) -> dict[str, Any]:
