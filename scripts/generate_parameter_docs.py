@@ -37,7 +37,7 @@ Limits in `code` are options of the server; their defaults are:
 def render() -> str:
     """The page as Markdown."""
     defaults = ParameterLimits()
-    shown = ("max_best_of", "max_stop_sequences", "max_top_n_tokens", "max_list_entries")
+    shown = ("max_best_of", "max_stop_sequences", "max_top_n_tokens", "max_list_entries", "max_checked_bytes")
     parts = [HEAD + ", ".join(f"`{name}` {getattr(defaults, name)}" for name in shown) + ".\n"]
     for group in PARAMETERS:
         rows = "".join(_row(parameter) for parameter in group.parameters)

@@ -11,6 +11,7 @@ import pytest
 
 from textgen_engine.errors import InvalidParameter, Unsupported
 from textgen_engine.parameters import PARAMETERS, ParameterLimits, RequestParameters, parse_parameters
+from textgen_engine.request import GrammarCheck
 from textgen_engine.sampling.params import SamplingParams
 
 LIMITS = ParameterLimits(max_input_tokens=100, max_total_tokens=200)
@@ -49,6 +50,10 @@ def test_nothing_given_is_greedy_and_changes_nothing() -> None:
         ("seed", 2**64 - 1, "sampling.seed", 2**64 - 1),
         ("seed", 0, "sampling.seed", 0),
         ("random_seed", 5, "sampling.seed", 5),
+        ("grammar_check", True, "grammar_check", GrammarCheck()),
+        ("grammar_check", False, "grammar_check", None),
+        ("grammar_check", {"text": "é"}, "grammar_check", GrammarCheck("é")),
+        ("grammar_check", {"text": ""}, "grammar_check", GrammarCheck("")),
         ("temperature", 0.5, "sampling.temperature", 0.5),
         ("temperature", 2, "sampling.temperature", 2.0),
         ("top_k", 1, "sampling.top_k", 1),
@@ -184,6 +189,11 @@ def test_choices_accepted() -> None:
         ("allowed_token_ids", [-1], "given: -1"),
         ("allowed_token_ids", 5, "a list of token ids"),
         ("watermark", 0.5, "true or false"),
+        ("grammar_check", "yes", "true, false or an object"),
+        ("grammar_check", {}, "true, false or an object"),
+        ("grammar_check", {"text": 5}, "true, false or an object"),
+        ("grammar_check", {"text": "a", "more": 1}, "true, false or an object"),
+        ("grammar_check", {"text": "é" * 32769}, "65536 (max_checked_bytes) bytes; given: 65538 bytes"),
         ("n", 0, "an integer between 1 and 2 (max_best_of); given: 0"),
         ("n", 3, "an integer between 1 and 2 (max_best_of); given: 3"),
         ("best_of", 0, "an integer between 1 and 2 (max_best_of); given: 0"),

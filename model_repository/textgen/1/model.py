@@ -134,6 +134,10 @@ class TritonPythonModel:
             grammar_config=self._config.grammar,
         )
         live.options = parsed.options
+        if parsed.grammar_refusal is not None:
+            self._metrics.count("tgi_request_success")
+            self._responder.reply(live, triton_io.text_response(parsed.grammar_refusal.to_json()))
+            return
         timeout_s = triton_io.request_timeout_s(request, parsed.parameters, self._config.limits.default_timeout_s)
         if parsed.input_ids is not None:
             prompt_ids, prompt_text = parsed.input_ids, parsed.prompt_text

@@ -34,6 +34,7 @@ _COUNTERS = {
     "tgi_request_success": "Requests answered in full",
     "tgi_request_failure": "Requests that failed, by reason",
     "tgi_generated_tokens": "Tokens generated",
+    "tgi_jump_forward_tokens": "Of these, tokens that a grammar forced and that took no forward pass of their own",
     "tgi_prefill_tokens": "Prompt tokens computed",
     "tgi_prefix_cache_hit_tokens": "Prompt tokens found in the prefix cache",
     "tgi_preemptions": "Sequences preempted for want of KV blocks",
@@ -126,6 +127,7 @@ class MetricsPublisher:
         """Take in what one step measured."""
         with self._lock:
             self._counts["tgi_generated_tokens", ""] += step.num_generated_tokens
+            self._counts["tgi_jump_forward_tokens", ""] += step.num_forced_tokens
             self._counts["tgi_prefill_tokens", ""] += step.num_prefill_tokens
             self._counts["tgi_prefix_cache_hit_tokens", ""] += step.num_cached_tokens
             self._counts["tgi_preemptions", ""] += step.num_preemptions
@@ -139,13 +141,15 @@ class MetricsPublisher:
                 self._observe("tgi_batch_inference_duration", step.step_s)
 
     def note_success(self, timings: Timings | None, *, num_input: int, num_output: int, validation_s: float) -> None:
-        """Take in one answered request."""
+        """Take in one answered request. timings: None where it generated nothing (a grammar check)."""
         with self._lock:
             self._counts["tgi_request_success", ""] += 1
+            if timings is None:
+                return
             self._observe("tgi_request_input_length", num_input)
             self._observe("tgi_request_generated_tokens", num_output)
             self._observe("tgi_request_validation_duration", validation_s)
-            if timings is not None and timings.finished_s is not None and timings.scheduled_s is not None:
+            if timings.finished_s is not None and timings.scheduled_s is not None:
                 inference_s = timings.finished_s - timings.scheduled_s
                 self._observe("tgi_request_duration", timings.finished_s - timings.arrival_s)
                 self._observe("tgi_request_inference_duration", inference_s)

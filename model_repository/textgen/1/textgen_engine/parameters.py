@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from textgen_engine.errors import InvalidParameter, Unsupported
-from textgen_engine.request import OutputParams, StoppingParams
+from textgen_engine.request import GrammarCheck, OutputParams, StoppingParams
 from textgen_engine.sampling.params import SamplingParams
 
 _INT32_MAX = 2**31 - 1
@@ -35,6 +35,7 @@ class ParameterLimits:
 
     max_input_tokens, max_total_tokens: None where not known yet; the length of a prompt is checked elsewhere.
     max_list_entries: of logit_bias, bad_words, bad_words_ids and stop_token_ids, which cost time in every step.
+    max_checked_bytes: of the text of grammar_check, in UTF-8.
     """
 
     max_best_of: int = 2
@@ -44,6 +45,7 @@ class ParameterLimits:
     max_total_tokens: int | None = None
     enable_prefill_logprobs: bool = True
     max_list_entries: int = 1024
+    max_checked_bytes: int = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class RequestParameters:
     grammar_backend: str | None = None
     grammar_whitespace: str | None = None
     grammar_lenient: bool | None = None
+    grammar_check: GrammarCheck | None = None
     response_format: Mapping[str, Any] | None = None
     tools: tuple[Mapping[str, Any], ...] | None = None
     tool_choice: str | Mapping[str, Any] | None = None
@@ -334,6 +337,29 @@ class TextOrObject:
 
     def describe(self, limits: ParameterLimits | None) -> str:
         return "a string, not empty, or an object"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """true, or an object with a text; false is the same as not given."""
+
+    def read(self, name: str, value: Any, context: _Context) -> GrammarCheck | None:
+        allowed = self.describe(context.limits)
+        if isinstance(value, bool):
+            return GrammarCheck() if value else None
+        text = value.get("text") if isinstance(value, Mapping) else None
+        if not isinstance(text, str) or len(value) != 1:
+            raise InvalidParameter.for_value(name, value, allowed)
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError as error:
+            raise InvalidParameter(f"`{name}`: the text has a lone surrogate at position {error.start}") from None
+        if size > context.limits.max_checked_bytes:
+            raise InvalidParameter(f"`{name}` must be {allowed}; given: {size} bytes")
+        return GrammarCheck(text)
+
+    def describe(self, limits: ParameterLimits | None) -> str:
+        return f'true, false or an object {{"text": string}} of at most {_show("max_checked_bytes", limits)} bytes'
 
 
 def _check_list(name: str, value: Any, most: Bound, allowed: str, context: _Context) -> None:
@@ -616,6 +642,15 @@ PARAMETERS: tuple[ParameterGroup, ...] = (
                 "Drop schema keywords that cannot be enforced, with a warning, instead of refusing the schema.",
             ),
             Parameter(
+                "grammar_check",
+                Check(),
+                "false",
+                "Generate nothing: say whether the grammar is supported, and whether a text obeys it. The request has "
+                "no prompt, and its other parameters have no effect. `text_output` is a JSON object: `supported`, "
+                "`backend`, `warnings`, `error` (why not supported), `accepted` (null: not decided, or no text given), "
+                "`accepted_prefix` (characters that the grammar takes), `reason` (why not accepted).",
+            ),
+            Parameter(
                 "response_format",
                 Object(),
                 "none",
@@ -764,6 +799,7 @@ def parse_parameters(
         grammar_backend=values.get("grammar_backend"),
         grammar_whitespace=values.get("grammar_whitespace"),
         grammar_lenient=values.get("grammar_lenient"),
+        grammar_check=values.get("grammar_check"),
         response_format=values.get("response_format"),
         tools=values.get("tools"),
         tool_choice=values.get("tool_choice"),
