@@ -18,7 +18,8 @@ from textgen_client.errors import (
     ValidationError,
 )
 from textgen_client.health import Health
-from textgen_client.results import Choice, Chunk, Generation, ModelStatus
+from textgen_client.results import Choice, Chunk, Generation, GrammarCheck, ModelStatus
+from textgen_client.watermark import WatermarkScore, detect_watermark
 
 __all__ = [
     "AsyncClient",
@@ -28,6 +29,7 @@ __all__ = [
     "Client",
     "Generation",
     "GenerationError",
+    "GrammarCheck",
     "Health",
     "KeepAlive",
     "ModelStatus",
@@ -42,4 +44,6 @@ __all__ = [
     "Tls",
     "ToolError",
     "ValidationError",
+    "WatermarkScore",
+    "detect_watermark",
 ]

@@ -19,7 +19,7 @@ from textgen_client import wire
 from textgen_client.channel import DEFAULT_MODEL, DEFAULT_URL, Connection, KeepAlive, Tls, deadline
 from textgen_client.errors import OverloadedError, RequestCancelled, ServerUnavailable, TextgenError, error_from_status
 from textgen_client.health import PROBE_PROMPT, Health, probe_parameters, readiness
-from textgen_client.results import Chunk, Generation, ModelStatus
+from textgen_client.results import Chunk, Generation, GrammarCheck, ModelStatus
 
 
 class AsyncStream(AsyncIterator[Chunk]):
@@ -153,6 +153,26 @@ class AsyncClient:
         parameters = {**wire.STREAM_DEFAULTS, **parameters}
         return self._start(asked, True, model, request_id, timeout, headers, parameters)
 
+    async def check_grammar(
+        self,
+        grammar: Mapping[str, Any] | None = None,
+        text: str | None = None,
+        *,
+        request_id: str | None = None,
+        timeout: float | None = None,
+        headers: Mapping[str, str] | None = None,
+        **parameters: Any,
+    ) -> GrammarCheck:
+        """Does the server support a grammar, and does `text` obey it? See `Client.check_grammar`."""
+        asked = wire.grammar_check_parameters(grammar, text, parameters)
+        async with self._start(None, False, DEFAULT_MODEL, request_id, timeout, headers, asked) as stream:
+            return wire.grammar_check(wire.whole_answer([chunk async for chunk in stream], stream.request_id))
+
+    async def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
+        """The token ids of a text, without special tokens. timeout: seconds."""
+        timeout = self.timeout if timeout is None else timeout
+        return wire.token_ids(await self._ask("ModelInfer", wire.tokenize_request(text), timeout))
+
     async def cancel(self, request_id: str, *, timeout: float = 5.0) -> None:
         """End the live request with this id; see `Client.cancel`."""
         request = wire.cancel_request(request_id)
@@ -200,7 +220,7 @@ class AsyncClient:
 
     def _start(
         self,
-        prompt: wire.Prompt,
+        prompt: wire.Prompt | None,
         stream: bool,
         model: str | None,
         request_id: str | None,
@@ -223,7 +243,7 @@ class AsyncClient:
         )
         return AsyncStream(call, request_id, self.url)
 
-    async def _ask(self, method: str, request: Any, timeout_s: float) -> Any:
+    async def _ask(self, method: str, request: Any, timeout_s: float | None) -> Any:
         call = getattr(self._connected(None), method)
         try:
             return await call(request, timeout=timeout_s, metadata=self._connection.metadata(None))

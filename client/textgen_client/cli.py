@@ -1,7 +1,8 @@
-"""The `textgen` command: generate, chat, models, health, cancel.
+"""The `textgen` command: generate, chat, validate, detect-watermark, models, health, cancel.
 
 Owns options, output and exit codes: 0 fine, 1 the request or the server failed (one line on stderr), 2 wrong usage,
-130 interrupted. What it does goes through `Client`.
+130 interrupted; `validate` uses 1 for a text that is not accepted too, and 2 for a grammar that is not supported. What
+it does goes through `Client`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +21,7 @@ from textgen_client.chat import Chat
 from textgen_client.client import Client
 from textgen_client.errors import TextgenError, ValidationError
 from textgen_client.results import Answer, Chunk
+from textgen_client.watermark import DEFAULT_GAMMA, detect_watermark
 
 app = typer.Typer(
     help="Talk to a triton-textgen server.",
@@ -122,6 +125,90 @@ def chat(
     asked = _parameters(max_new_tokens, temperature, top_p, top_k, seed, stop, parameter)
     with _client(url, model, tls, tls_ca, header) as client:
         Chat(client, system=system, timeout_s=timeout, parameters=asked).run()
+
+
+@app.command()
+def validate(
+    url: Url = DEFAULT_URL,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    header: Headers = None,
+    schema: Annotated[str | None, typer.Option(help="File with a JSON Schema; `-` reads standard input.")] = None,
+    regex: Annotated[str | None, typer.Option(help="A regular expression, for the whole text.")] = None,
+    grammar: Annotated[str | None, typer.Option(help="The parameter `grammar` as JSON: {type, value}.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text to check against it.")] = None,
+    file: Annotated[str | None, typer.Option(help="File with that text; `-` reads standard input.")] = None,
+    backend: Annotated[str | None, typer.Option(help="llguidance, xgrammar or lmfe.")] = None,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+) -> None:
+    """Does the server support a grammar, and could it generate a text under it? Exit code 0 yes, 1 no (the text),
+    2 no (the grammar)."""
+    if sum(form is not None for form in (schema, regex, grammar)) != 1:
+        raise typer.BadParameter("give exactly one of --schema, --regex and --grammar")
+    if text is not None and file is not None:
+        raise typer.BadParameter("give at most one of --text and --file")
+    if schema is not None:
+        asked: Any = {"type": "json", "value": _read(schema, "--schema")}
+    elif regex is not None:
+        asked = {"type": "regex", "value": regex}
+    else:
+        asked = _from_json(grammar or "", "--grammar")
+    sample = text if file is None else _read(file, "--file")
+    with _client(url, DEFAULT_MODEL, tls, tls_ca, header) as client:
+        found = client.check_grammar(asked, sample, timeout=timeout, grammar_backend=backend)
+    if as_json:
+        _print(json.dumps(dataclasses.asdict(found), ensure_ascii=False) + "\n")
+    elif not found.supported:
+        typer.echo(f"not supported: {found.error}", err=True)
+    else:
+        for warning in found.warnings:
+            typer.echo(f"warning: {warning}", err=True)
+        if sample is None:
+            _print(f"supported by {found.backend}\n")
+        elif found.accepted:
+            _print("accepted\n")
+        else:
+            _print(f"{'not decided' if found.accepted is None else 'not accepted'}: {found.reason}\n")
+    if not found.supported:
+        raise typer.Exit(2)
+    raise typer.Exit(0 if sample is None or found.accepted else 1)
+
+
+@app.command("detect-watermark")
+def watermark(
+    text: Annotated[str | None, typer.Argument(help="The text; `-` reads it from standard input.")] = None,
+    url: Url = DEFAULT_URL,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    header: Headers = None,
+    ids: Annotated[str | None, typer.Option(help="Its token ids instead, a JSON list; no server is asked.")] = None,
+    gamma: Annotated[float, typer.Option(help="The server's WATERMARK_GAMMA.")] = DEFAULT_GAMMA,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+) -> None:
+    """Was a text generated with `watermark=true`? The longer it is, the surer the answer."""
+    if (text is None) == (ids is None):
+        raise typer.BadParameter("give either a text or --ids")
+    if text is None:
+        token_ids = _from_json(ids or "", "--ids")
+        if not isinstance(token_ids, list):
+            raise typer.BadParameter("expected a JSON list of token ids", param_hint="--ids")
+    else:
+        with _client(url, DEFAULT_MODEL, tls, tls_ca, header) as client:
+            token_ids = client.tokenize(_standard_input() if text == "-" else text, timeout=timeout)
+    try:
+        found = detect_watermark(token_ids, gamma=gamma)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if as_json:
+        shown = {"detected": found.detected, "z_score": found.z_score, "p_value": found.p_value}
+        _print(json.dumps({**shown, **dataclasses.asdict(found)}) + "\n")
+        return
+    expected = found.gamma * found.num_pairs
+    _print(f"z = {found.z_score:.2f}, p = {found.p_value:.2g}: ")
+    _print(f"{found.num_green} of {found.num_pairs} tokens are green, {expected:.1f} by chance\n")
+    _print("watermark found\n" if found.detected else "no watermark found\n")
 
 
 @app.command()
@@ -236,6 +323,22 @@ def _name_and_value(text: str, option: str) -> tuple[str, str]:
     if not separator or not name:
         raise typer.BadParameter(f"expected name=value; given: {text}", param_hint=option)
     return name, value
+
+
+def _from_json(text: str, option: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"no JSON: {error}", param_hint=option) from None
+
+
+def _read(path: str, option: str) -> str:
+    if path == "-":
+        return _standard_input()
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"cannot be read: {error}", param_hint=option) from None
 
 
 def _standard_input() -> str:

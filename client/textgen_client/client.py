@@ -22,7 +22,7 @@ from textgen_client.channel import DEFAULT_MODEL, DEFAULT_URL, Connection, KeepA
 from textgen_client.errors import OverloadedError, RequestCancelled, ServerUnavailable, TextgenError, error_from_status
 from textgen_client.health import PROBE_PROMPT, Health, probe_parameters, readiness
 from textgen_client.interrupt import InterruptCancels
-from textgen_client.results import Chunk, Generation, ModelStatus
+from textgen_client.results import Chunk, Generation, GrammarCheck, ModelStatus
 
 
 class Stream(Iterator[Chunk]):
@@ -156,6 +156,31 @@ class Client:
         parameters = {**wire.STREAM_DEFAULTS, **parameters}
         return self._start(asked, True, model, request_id, timeout, headers, parameters)
 
+    def check_grammar(
+        self,
+        grammar: Mapping[str, Any] | None = None,
+        text: str | None = None,
+        *,
+        request_id: str | None = None,
+        timeout: float | None = None,
+        headers: Mapping[str, str] | None = None,
+        **parameters: Any,
+    ) -> GrammarCheck:
+        """Does the server support a grammar, and does `text` obey it? Nothing is generated.
+
+        grammar: as for `generate`; or None, with `tools` or `response_format` among the parameters. An unsupported or
+        malformed one is an answer (`GrammarCheck.error`), no error. text: up to 64 KiB. The model asked is `textgen`,
+        whatever the client's own.
+        """
+        asked = wire.grammar_check_parameters(grammar, text, parameters)
+        with self._start(None, False, DEFAULT_MODEL, request_id, timeout, headers, asked) as stream:
+            return wire.grammar_check(wire.whole_answer(stream, stream.request_id))
+
+    def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
+        """The token ids of a text, without special tokens. timeout: seconds."""
+        timeout = self.timeout if timeout is None else timeout
+        return wire.token_ids(self._ask(self._stub.ModelInfer, wire.tokenize_request(text), timeout))
+
     def cancel(self, request_id: str, *, timeout: float = 5.0) -> None:
         """End the live request with this id, whoever started it, through whichever model; its client is told so.
 
@@ -213,7 +238,7 @@ class Client:
 
     def _start(
         self,
-        prompt: wire.Prompt,
+        prompt: wire.Prompt | None,
         stream: bool,
         model: str | None,
         request_id: str | None,
@@ -241,7 +266,7 @@ class Client:
             raise ServerUnavailable(f"{self.url}: {error}", request_id) from None
         return Stream(call, request_id, self)
 
-    def _ask(self, method: Any, request: Any, timeout_s: float) -> Any:
+    def _ask(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         try:
             return method(request, timeout=timeout_s, metadata=self._connection.metadata(None))
         except grpc.RpcError as error:

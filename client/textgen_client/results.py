@@ -1,4 +1,4 @@
-"""What a caller gets back: a whole generation, a chunk of a stream, the state of a model.
+"""What a caller gets back: a whole generation, a chunk of a stream, the answer about a grammar, the state of a model.
 
 Plain frozen records; they know neither Triton nor gRPC.
 """
@@ -63,6 +63,25 @@ class Chunk(Answer):
     """
 
     is_final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarCheck:
+    """What the server says of a grammar, and of a text held against it.
+
+    backend, warnings: what enforces a supported grammar, and what of it is not enforced. error: why it is not
+    supported. accepted: whether the server could generate the text; None where none was given, the grammar is not
+    supported, or the walk could not be finished. accepted_prefix: characters of the text that the grammar takes.
+    reason: why the text is not accepted.
+    """
+
+    supported: bool
+    backend: str | None = None
+    warnings: tuple[str, ...] = ()
+    error: str | None = None
+    accepted: bool | None = None
+    accepted_prefix: int = 0
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from tritonclient.grpc import InferResult, service_pb2
 
 from textgen_client.channel import DEFAULT_MODEL
 from textgen_client.errors import GenerationError, ValidationError, error_from_text
-from textgen_client.results import Choice, Chunk, Generation
+from textgen_client.results import Choice, Chunk, Generation, GrammarCheck
 
 # Parameters that travel as tensors of their own, named as Triton's vLLM backend names them.
 _FLAGS = (
@@ -53,9 +53,15 @@ class Prompt:
 
 
 def generate_request(
-    model: str, request_id: str, prompt: Prompt, *, stream: bool, timeout_s: float | None, parameters: Mapping[str, Any]
+    model: str,
+    request_id: str,
+    prompt: Prompt | None,
+    *,
+    stream: bool,
+    timeout_s: float | None,
+    parameters: Mapping[str, Any],
 ) -> Any:
-    """The `ModelInferRequest` that asks `model` to continue `prompt`.
+    """The `ModelInferRequest` that asks `model` to continue `prompt` (None: a request that needs none).
 
     parameters: names of the server's contract; None values are left out, a lone `stop` string becomes a list.
     Raises ValidationError for what cannot be sent at all; ranges and names are the server's to check.
@@ -70,7 +76,8 @@ def generate_request(
         sampling["timeout"] = timeout_s
     request = _request(model, request_id)
     try:
-        _add_prompt(request, prompt)
+        if prompt is not None:
+            _add_prompt(request, prompt)
         if sampling:
             _add_strings(request, "sampling_parameters", [_to_json(sampling)])
     except UnicodeEncodeError as error:
@@ -90,6 +97,43 @@ def cancel_request(request_id: str) -> Any:
     request = _request(DEFAULT_MODEL, request_id)
     _add_flag(request, "cancel", True)
     return request
+
+
+def tokenize_request(text: str) -> Any:
+    """The `ModelInferRequest` for the token ids of a text, special tokens not added."""
+    request = service_pb2.ModelInferRequest(model_name="tokenizer", id=new_request_id())
+    request.outputs.add(name="input_ids")
+    try:
+        _add_strings(request, "text_input", [text])
+    except UnicodeEncodeError as error:
+        raise ValidationError(f"text that is not valid Unicode cannot be sent: {error}") from None
+    _add_strings(request, "action", ["tokenize"])
+    _add_strings(request, "sampling_parameters", [_to_json({"add_special_tokens": False})])
+    return request
+
+
+def token_ids(response: Any) -> list[int]:
+    """The ids in the answer to `tokenize_request`."""
+    ids = InferResult(response).as_numpy("input_ids")
+    if ids is None:
+        raise GenerationError("the server's response has no input_ids")
+    return [int(token_id) for token_id in ids.reshape(-1)]
+
+
+def grammar_check_parameters(
+    grammar: Mapping[str, Any] | None, text: str | None, others: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The parameters of a request that asks about its grammar."""
+    return {**others, "grammar": grammar, "grammar_check": True if text is None else {"text": text}}
+
+
+def grammar_check(answer: Generation) -> GrammarCheck:
+    """The answer to such a request; GenerationError where the server's text is no such answer."""
+    try:
+        fields = json.loads(answer.text)
+        return GrammarCheck(**{**fields, "warnings": tuple(fields["warnings"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise GenerationError(f"the server's answer about the grammar cannot be read: {error}") from error
 
 
 class ResponseReader:

@@ -106,6 +106,14 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             self.calls.append(call)
             yield from self.script(request, call)
 
+    def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:
+        """The tokenizer: a character is a token."""
+        ids = [ord(character) for character in (strings_of(request, "text_input") or [""])[0]]
+        message = service_pb2.ModelInferResponse(model_name=request.model_name)
+        message.outputs.add(name="input_ids", datatype="INT32", shape=[len(ids)])
+        message.raw_output_contents.append(struct.pack(f"<{len(ids)}i", *ids))
+        return message
+
     def ServerLive(self, request: Any, context: grpc.ServicerContext) -> Any:
         return service_pb2.ServerLiveResponse(live=True)
 

@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from textgen_client.watermark import is_green
 
 from .fake_triton import Call, FakeTriton, echo, flag_of, parameters_of, response, strings_of
 
@@ -155,3 +158,73 @@ def _slow(request: Any, call: Call) -> Iterator[Any]:
         call.left.wait(30)
     else:
         yield from echo(request, call)
+
+
+def _verdict(**fields: Any) -> Any:
+    """A script that answers every grammar check alike."""
+    whole = {"supported": True, "backend": "llguidance", "warnings": [], "error": None}
+    verdict = {**whole, "accepted": None, "accepted_prefix": 0, "reason": None, **fields}
+
+    def script(request: Any, call: Call) -> Iterator[Any]:
+        yield response(final=True, text_output=json.dumps(verdict))
+
+    return script
+
+
+def test_validate(triton: FakeTriton, textgen: Command, tmp_path: Path) -> None:
+    triton.script = _verdict(accepted=True, accepted_prefix=2, warnings=["format ignored"])
+    assert textgen("validate", "--regex", "a+", "--text", "aa") == (0, "accepted\n", "warning: format ignored\n")
+    request = triton.calls[-1].request
+    assert (request.model_name, strings_of(request, "text_input")) == ("textgen", None)
+    assert parameters_of(request) == {"grammar": {"type": "regex", "value": "a+"}, "grammar_check": {"text": "aa"}}
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "integer"}')
+    triton.script = _verdict(accepted=False, reason="'x' at character 0 is not allowed there")
+    said = textgen("validate", "--schema", str(schema), "--file", "-", "--backend", "lmfe", stdin=b"x\n")
+    assert said == (1, "not accepted: 'x' at character 0 is not allowed there\n", "")
+    assert parameters_of(triton.calls[-1].request) == {
+        "grammar": {"type": "json", "value": '{"type": "integer"}'},
+        "grammar_check": {"text": "x\n"},
+        "grammar_backend": "lmfe",
+    }
+    triton.script = _verdict()
+    assert textgen("validate", "--grammar", '{"type": "lark", "value": "x"}') == (0, "supported by llguidance\n", "")
+    assert parameters_of(triton.calls[-1].request)["grammar_check"] is True
+    assert textgen("validate", "--regex", "a", "--text", "")[0] == 1, "an empty text is a text"
+    triton.script = _verdict(supported=False, error="regex: bad")
+    assert textgen("validate", "--regex", "(", "--text", "a") == (2, "", "not supported: regex: bad\n")
+    code, out, _ = textgen("validate", "--regex", "(", "--json")
+    assert (code, json.loads(out)["error"]) == (2, "regex: bad")
+
+
+def test_detect_watermark(textgen: Command) -> None:
+    ids, token_id = [7], 0
+    while len(ids) < 60:
+        token_id += 1
+        if is_green(ids[-1], token_id):
+            ids.append(token_id)
+    code, out, err = textgen("detect-watermark", "--ids", json.dumps(ids))
+    assert (code, out.splitlines()[1], err) == (0, "watermark found", "")
+    assert out.startswith("z = 7.68, p = ")
+    code, out, _ = textgen("detect-watermark", "-", "--json", stdin=b"abab")  # the fake's tokens are characters
+    found = json.loads(out)
+    assert (code, found["num_pairs"], found["detected"]) == (0, 2, False)
+    assert textgen("detect-watermark", "no watermark here")[1].splitlines()[1] == "no watermark found"
+
+
+def test_usage_errors_of_checks(textgen: Command) -> None:
+    for arguments in (
+        ("validate",),
+        ("validate", "--regex", "a", "--grammar", "{}"),
+        ("validate", "--grammar", "{"),
+        ("validate", "--schema", "/nonesuch"),
+        ("validate", "--regex", "a", "--text", "a", "--file", "-"),
+        ("detect-watermark",),
+        ("detect-watermark", "text", "--ids", "[1]"),
+        ("detect-watermark", "--ids", "5"),
+        ("detect-watermark", "--ids", "[-5]"),
+        ("detect-watermark", "--ids", "[5]", "--gamma", "1"),
+    ):
+        code, _, err = textgen(*arguments)
+        assert code == 2, arguments
+        assert "Traceback" not in err
