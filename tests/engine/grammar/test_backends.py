@@ -111,7 +111,7 @@ def test_rows_hold_text_only(walker, vocabulary) -> None:
 
 def test_bit_31_and_the_last_token(walker, tokenizer) -> None:
     """A token in the sign bit of its word, and the tokenizer's last one, can be allowed and forbidden."""
-    ids = [token_id for token_id in range(31, 389, 32)] + [388]
+    ids = [*list(range(31, 389, 32)), 388]
     texts = [tokenizer.decode([token_id]) for token_id in ids]
     picked = [(i, t) for i, t in zip(ids, texts, strict=True) if "\ufffd" not in t and walker.ids(t) == [i]]
     assert any(token_id & 31 == 31 for token_id, _ in picked)
@@ -280,6 +280,18 @@ def test_unknown_format_is_a_warning(walker) -> None:
     compiled = walker.compile({"type": "json_schema", "value": {"type": "string", "format": "semver"}})
     assert any("semver" in text for text in compiled.warnings)
     assert walker.accepts(compiled, '"1.0"')
+
+
+def test_lenient_is_asked_for_and_says_so(walker) -> None:
+    value = {"type": "array", "items": {"type": "string"}, "uniqueItems": True, "minItems": 1}
+    form = {"type": "json_schema", "value": value}
+    with pytest.raises(GrammarError, match="uniqueItems"):
+        walker.compile(form)
+    compiled = walker.compile(form, lenient=True)
+    assert any("uniqueItems" in text for text in compiled.warnings)
+    assert walker.accepts(compiled, '["a"]')
+    assert walker.accepts(compiled, '["a","a"]')
+    assert not walker.accepts(compiled, "[]"), "what can be enforced still is"
 
 
 def test_mask_filler_writes_constrained_rows_only(walker) -> None:

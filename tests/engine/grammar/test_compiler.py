@@ -72,7 +72,9 @@ def make(vocabulary, backend: FakeBackend):
     """A compiler over the fake backend, closed at the end."""
     compilers = []
 
-    def build(limits: GrammarLimits | None = None, on_ready: Callable[[], None] | None = None, **options) -> GrammarCompiler:
+    def build(
+        limits: GrammarLimits | None = None, on_ready: Callable[[], None] | None = None, **options
+    ) -> GrammarCompiler:
         compiler = GrammarCompiler(
             vocabulary,
             vocab_size=vocabulary.vocab_size,
@@ -130,7 +132,7 @@ def test_time_limit_answers_and_frees_the_lane(make, backend: FakeBackend) -> No
     backend.slow |= {"s1", "s2"}
     backend.go.clear()
     for value in ("s1", "s2"):
-        with pytest.raises(GrammarError, match="longer than 0.1 s"):
+        with pytest.raises(GrammarError, match=r"longer than 0\.1 s"):
             wait(compiler.submit(spec(value))).result()
     wait(compiler.submit(spec("fast"))).result()
     assert compiler.statistics()["abandoned_threads"] == 2
@@ -205,7 +207,7 @@ def test_waiting_list_is_bounded(make, backend: FakeBackend) -> None:
 
 
 def test_backend_that_is_not_enabled(make) -> None:
-    with pytest.raises(Unsupported, match="xgrammar.*not enabled.*llguidance"):
+    with pytest.raises(Unsupported, match=r"xgrammar.*not enabled.*llguidance"):
         make().submit(spec("a", "xgrammar")).result()
 
 
@@ -235,7 +237,12 @@ def test_close_answers_those_who_wait(make, backend: FakeBackend) -> None:
 def test_real_backend_through_the_service(vocabulary, tokenizer) -> None:
     pytest.importorskip("llguidance")
     compiler = GrammarCompiler(tokenizer, vocab_size=450, eos_token_ids=[0, 2])
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
     good = compiler.submit(GrammarSpec("json_schema", json.dumps(schema), "llguidance"))
     bad = compiler.submit(GrammarSpec("json_schema", '{"type":"array","uniqueItems":true}', "llguidance"))
     matcher = wait(good).result().matcher()

@@ -47,7 +47,9 @@ def test_other_kinds() -> None:
     assert parse({"type": "json", "value": True}) == GrammarSpec("json_schema", "true", "llguidance")
 
 
-@pytest.mark.parametrize("form", [None, {"type": "text"}, {"type": "tools", "value": {"tools": [TOOL], "tool_choice": "none"}}])
+@pytest.mark.parametrize(
+    "form", [None, {"type": "text"}, {"type": "tools", "value": {"tools": [TOOL], "tool_choice": "none"}}]
+)
 def test_no_grammar(form: object) -> None:
     assert parse(form) is None
 
@@ -119,7 +121,11 @@ def test_tool_choice(choice: object, mode: str, names: list[str]) -> None:
         ({"type": "tools", "value": [{"type": "function"}]}, ToolError, "tool 0"),
         ({"type": "tools", "value": [TOOL, TOOL]}, ToolError, "two tools"),
         ({"type": "tools", "value": {"tools": [TOOL], "tool_choice": "other"}}, ToolError, "other"),
-        ({"type": "tools", "value": [{"function": {"name": "f", "parameters": {"type": "x"}}}]}, GrammarError, "tool 'f'"),
+        (
+            {"type": "tools", "value": [{"function": {"name": "f", "parameters": {"type": "x"}}}]},
+            GrammarError,
+            "tool 'f'",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 40 else "",
 )

@@ -2,8 +2,11 @@
 
     parse.py        request JSON -> GrammarSpec (front process; no grammar library)
     compiler.py     GrammarSpec -> CompiledGrammar, beside the engine loop, cached, within a time limit
+    rewrite.py      JSON Schema -> a schema that one backend enforces in full (schema_sets.py has the algebra)
     masks.py        matchers of one batch -> packed rows of bits
-    *_backend.py    one grammar library each, imported when its first grammar comes
+    check.py        a text walked through a grammar without a model
+    *_backend.py    one grammar library each, imported when its first grammar comes; *_worker.py is its other side,
+                    in a process of sandbox.py that can be killed
 
 base.py has the interface. The package imports without any of the libraries.
 """
@@ -19,7 +22,6 @@ from textgen_engine.grammar.base import (
 from textgen_engine.grammar.compiler import GrammarCompiler, GrammarHandle
 from textgen_engine.grammar.masks import GrammarMask, MaskFiller
 from textgen_engine.grammar.parse import parse_grammar
-from textgen_engine.grammar.validate import GrammarReport, validate_grammar
 from textgen_engine.grammar.vocabulary import Vocabulary
 
 __all__ = [
@@ -30,11 +32,9 @@ __all__ = [
     "GrammarLimits",
     "GrammarMask",
     "GrammarMatcher",
-    "GrammarReport",
     "GrammarSpec",
     "MaskFiller",
     "Vocabulary",
     "grammar_limits",
     "parse_grammar",
-    "validate_grammar",
 ]

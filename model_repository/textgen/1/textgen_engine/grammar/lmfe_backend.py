@@ -102,7 +102,10 @@ class LmfeMatcher(TextMatcher):
         self._worker = worker
         self._slots: threading.BoundedSemaphore | None = slots
         self._limits = limits
+        # The worker begins with compiling the grammar again, which took at most the compile limit the first time.
+        self._answer_timeout_s = limits.compile_timeout_s
         self._state: LmfeState | None = None  # None while the answer to the last call is outstanding
+        self._num_taken = 0  # by the last `advance` of several tokens
         self._row = np.zeros(vocabulary.num_words, dtype=np.int32)
 
     def ready(self) -> bool:
@@ -155,9 +158,9 @@ class LmfeMatcher(TextMatcher):
         """The state behind the last call, waited for; None once the matcher has failed."""
         if self._state is None and self._error is None:
             try:
-                answer = self._worker.receive(self._limits.step_timeout_s)
+                answer = self._worker.receive(self._answer_timeout_s)
             except WorkerLate:
-                self.fail(f"lmfe took longer than {self._limits.step_timeout_s:g} s for one mask")
+                self.fail(f"lmfe took longer than {self._answer_timeout_s:g} s for one mask")
                 return None
             except WorkerDied:
                 self.fail("the lmfe worker died (out of memory, or a fault in the library)")
@@ -165,6 +168,7 @@ class LmfeMatcher(TextMatcher):
             except (GrammarError, RuntimeError) as error:
                 self.fail(f"lmfe failed: {error}"[:500])
                 return None
+            self._answer_timeout_s = self._limits.step_timeout_s
             self._num_taken, self._state = answer if isinstance(answer, tuple) else (0, answer)
             self._row = np.frombuffer(self._state.row, dtype=np.int32)
         return self._state

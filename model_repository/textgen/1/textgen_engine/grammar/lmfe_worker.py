@@ -21,7 +21,7 @@ from textgen_engine.errors import Unsupported
 from textgen_engine.grammar.base import GrammarLimits, GrammarSpec, grammar_error
 from textgen_engine.grammar.json_lexer import TextTables, TextTracker
 from textgen_engine.grammar.regex import to_rust_regex
-from textgen_engine.grammar.rewrite import LMFE, prepare_schema
+from textgen_engine.grammar.rewrite import LMFE, prepare_leniently
 from textgen_engine.grammar.vocabulary import Vocabulary, pack_bits
 
 _WHITESPACE = b" \t\n\r"
@@ -135,7 +135,7 @@ class LmfeSession:
             if re.search(r"\\[pP]\{|\[\[:|\(\?[a-z]", spec.value):
                 raise Unsupported("grammar_backend lmfe has no Unicode classes, POSIX classes or flags in a regex")
             return LmfeJob("regex", _without_anchors(spec.value), 0), ()
-        prepared = prepare_schema(spec, LMFE, self._tables.limits, rebuild=True)
+        prepared = prepare_leniently(spec, LMFE, self._tables.limits)
         if prepared.or_plain_text:
             raise Unsupported("grammar_backend lmfe has no tool_choice auto; llguidance has")
         text = json.dumps(prepared.schema, ensure_ascii=False)

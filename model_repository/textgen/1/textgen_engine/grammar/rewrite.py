@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any
 
 from textgen_engine.errors import GrammarError
@@ -132,12 +132,12 @@ def prepare_schema(
     if content is False:
         raise grammar_error("JSON schema: the schema `false` allows no value")
     content = {} if content is True else content
-    cleaned, warnings = _clean(content, capabilities, is_lenient=spec.lenient)
+    cleaned, warnings = _clean(content, capabilities)
     if not rebuild:
         return PreparedSchema(cleaned, warnings, or_plain_text)
     if not limits.max_rewritten_nodes:
         raise GrammarError(f"JSON schema: {capabilities.name} does not take it as it is, and rewriting is off")
-    rebuilder = _Rebuilder(SchemaDocument(cleaned), capabilities, limits.max_rewritten_nodes)
+    rebuilder = _Rebuilder(SchemaDocument(cleaned), capabilities, limits.max_rewritten_nodes, is_lenient=spec.lenient)
     try:
         schema = rebuilder.run()
     except Inexpressible as error:
@@ -148,6 +148,21 @@ def prepare_schema(
     except RecursionError:
         raise GrammarError(f"JSON schema: nested too deeply for {capabilities.name}") from None
     return PreparedSchema(schema, [*warnings, *rebuilder.warnings], or_plain_text, rebuilt=True)
+
+
+def prepare_leniently(spec: GrammarSpec, capabilities: Capabilities, limits: GrammarLimits) -> PreparedSchema:
+    """The rebuilt schema; with `lenient`, where that fails, the client's own, of which the backend ignores a part.
+
+    Raises GrammarError.
+    """
+    try:
+        return prepare_schema(spec, capabilities, limits, rebuild=True)
+    except GrammarError as reason:
+        if not spec.lenient:
+            raise
+        own = prepare_schema(spec, capabilities, limits, rebuild=False)
+        warning = f"grammar_lenient: not everything is enforced: {reason.message}"
+        return replace(own, warnings=[*own.warnings, warning])
 
 
 class RewriteSession:
@@ -165,9 +180,7 @@ def prepare_sessions(limits: GrammarLimits) -> Callable[[], RewriteSession]:
     return lambda: RewriteSession(limits)
 
 
-def _clean(
-    content: dict[str, Any], capabilities: Capabilities, *, is_lenient: bool
-) -> tuple[dict[str, Any], list[str]]:
+def _clean(content: dict[str, Any], capabilities: Capabilities) -> tuple[dict[str, Any], list[str]]:
     """A copy without unknown formats, `.0` on whole numbers, and keywords that mean nothing where they stand."""
     warnings: dict[str, None] = {}
 
@@ -200,9 +213,6 @@ def _clean(
                 changed[key] = int(value)
             elif key in ("const", "enum"):
                 changed[key] = json.loads(canonical(value))
-        if is_lenient and changed.get("uniqueItems"):
-            warnings["uniqueItems is not enforced (grammar_lenient)"] = None
-            del changed["uniqueItems"]
         return changed
 
     is_old = SchemaDocument({"$schema": content.get("$schema", "")}).is_old_draft
@@ -213,8 +223,11 @@ def _clean(
 class _Rebuilder:
     """Writes a document's set of values as a plain schema, one definition per subschema that something refers to."""
 
-    def __init__(self, document: SchemaDocument, capabilities: Capabilities, max_nodes: int) -> None:
+    def __init__(
+        self, document: SchemaDocument, capabilities: Capabilities, max_nodes: int, *, is_lenient: bool
+    ) -> None:
         self._document = document
+        self._is_lenient = is_lenient
         self._can = capabilities
         self._sets = SchemaSets(document, max_branches=max_nodes)
         self._max_nodes = max_nodes
@@ -321,10 +334,12 @@ class _Rebuilder:
         for branch in branches:
             if branch not in plain:
                 schemas += self._of_branch(branch, place)
-        unique = list({canonical(schema): schema for schema in schemas}.values())
+        unique = list({canonical(schema): schema for schema in schemas}.values())  # key order counts
         if len(unique) > self._max_nodes:
             raise Inexpressible("schema", place, "too many cases")
         if not unique:
+            if any(isinstance(branch, NumberBranch) and branch.not_multiples for branch in branches):
+                raise Inexpressible("not", place, "of integers or multiples")
             return False
         return unique[0] if len(unique) == 1 else {"anyOf": unique}
 
@@ -339,9 +354,34 @@ class _Rebuilder:
         if isinstance(branch, StringBranch):
             return self._of_string(branch, place)
         if isinstance(branch, ArrayBranch):
-            solved = self._sets.solved_array(branch, place)
+            solved = self._solved_array(branch, place)
             return [schema for one in solved if (schema := self._of_array(one, place)) is not None]
-        return [schema for one in self._counted(branch, place) if (schema := self._of_object(one, place)) is not None]
+        objects = [
+            schema for one in self._counted(branch, place) if (schema := self._of_object(one, place)) is not None
+        ]
+        return [variant for schema in objects for variant in self._orders(schema, branch)]
+
+    def _solved_array(self, branch: ArrayBranch, place: str) -> Sequence[ArrayBranch]:
+        try:
+            return self._sets.solved_array(branch, place)
+        except Inexpressible as error:
+            if not (self._is_lenient and error.keyword == "uniqueItems"):
+                raise
+            self._sets.warnings[f"grammar_lenient: 'uniqueItems' at {place} is not enforced"] = None
+            return self._sets.solved_array(replace(branch, unique=False), place)
+
+    def _orders(self, schema: dict[str, Any], branch: ObjectBranch) -> Iterator[dict[str, Any]]:
+        """Properties are made in the order they are listed in. Names that no schema declares, only asks for, have no
+        order of their own: every order of them, where they are few."""
+        listed = schema.get("properties", {})
+        declared = {name for keys in branch.keys for name, expr in keys.properties if expr != FALSE}
+        free = [name for name in listed if name not in declared and name in schema.get("required", ())]
+        if not self._can.native or not 2 <= len(free) <= 3:
+            yield schema
+            return
+        others = {name: inner for name, inner in listed.items() if name not in free}
+        for order in permutations(free):
+            yield {**schema, "properties": {**others, **{name: listed[name] for name in order}}}
 
     def _enum(self, values: Sequence[Any], place: str) -> dict[str, Any]:
         if not self._can.mixed_enums and any(isinstance(value, bool) for value in values):
@@ -354,6 +394,11 @@ class _Rebuilder:
             numbers = sorted(branch.values)
         if numbers is not None:
             return [self._enum([plain_number(value) for value in numbers], place)] if numbers else []
+        if branch.not_multiples:
+            # Fewer numbers, never others: no backend can be told "no multiple of".
+            shown = ", ".join(str(plain_number(value)) for value in sorted(branch.not_multiples))
+            self._sets.warnings[f"numbers that are no multiple of {shown} are not made at {place}"] = None
+            return []
         whole = branch.multiple is not None and branch.multiple.denominator == 1
         schemas = []
         for low, low_open, high, high_open in _intervals(branch):

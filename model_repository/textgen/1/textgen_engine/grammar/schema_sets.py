@@ -118,7 +118,10 @@ class BooleanBranch:
 
 @dataclass(frozen=True)
 class NumberBranch:
-    """low, high None: unbounded. multiple: every value is a whole multiple of it (1: integers)."""
+    """low, high None: unbounded. multiple: every value is a whole multiple of it (1: integers).
+
+    not_multiples: no value is a whole multiple of any of these.
+    """
 
     type = "number"
     low: Fraction | None = None
@@ -128,6 +131,7 @@ class NumberBranch:
     multiple: Fraction | None = None
     values: frozenset[Fraction] | None = None
     excluded: frozenset[Fraction] = frozenset()
+    not_multiples: frozenset[Fraction] = frozenset()
 
     def holds(self, value: Fraction) -> bool:
         return (
@@ -136,6 +140,7 @@ class NumberBranch:
             and (self.multiple is None or (value / self.multiple).denominator == 1)
             and (self.values is None or value in self.values)
             and value not in self.excluded
+            and not any((value / other).denominator == 1 for other in self.not_multiples)
         )
 
 
@@ -242,9 +247,10 @@ def searches(pattern: str, text: str) -> bool:
 class SchemaSets:
     """Set operations over one document, remembered. Raises Inexpressible also when the work exceeds `max_branches`.
 
-    Some complements are stricter than they should be ("not an integer" leaves out 1.5, with a warning). A set that is
-    too small may be intersected and united, but its complement would be too large, and it may seem empty where it is
-    not; `_num_stricter` grows whenever such a set is used, so that those who must not rely on one can tell.
+    Some complements are stricter than they should be ("an item that breaks the rule" is looked for among the first few
+    only, with a warning). A set that is too small may be intersected and united, but its complement would be too large,
+    and it may seem empty where it is not; `_num_stricter` grows whenever such a set is used, so that those who must not
+    rely on one can tell.
     """
 
     document: SchemaDocument
@@ -410,7 +416,7 @@ class SchemaSets:
                 others = [branch for branch in FULL if not isinstance(branch, ObjectBranch)]
                 present: tuple[Branch, ...] = (ObjectBranch(required=(name,)),)
                 if isinstance(needed, list):
-                    present = (ObjectBranch(required=tuple(dict.fromkeys([*needed, name]))),)
+                    present = (ObjectBranch(required=tuple(dict.fromkeys([name, *needed]))),)
                 else:
                     inner = self._leaf(place, (keyword, name), needed)
                     present = self.intersect(present, self.branches(inner, annotated))
@@ -629,9 +635,9 @@ class SchemaSets:
         if branch.excluded:
             yield NumberBranch(values=branch.excluded)
         if branch.multiple is not None:
-            self._warn_stricter(
-                f"`not` at {place}: numbers that are no multiple of {_plain(branch.multiple)} are not made"
-            )
+            yield NumberBranch(not_multiples=frozenset([branch.multiple]))
+        for other in branch.not_multiples:
+            yield NumberBranch(multiple=other)
 
     def _complement_array(self, branch: ArrayBranch, place: str) -> Iterator[Branch]:
         if branch.unique:
@@ -868,7 +874,16 @@ def _meet_numbers(left: NumberBranch, right: NumberBranch) -> NumberBranch:
     values = (
         left.values if right.values is None else right.values if left.values is None else left.values & right.values
     )
-    both = NumberBranch(low, low_open, high, high_open, multiple, values, left.excluded | right.excluded)
+    both = NumberBranch(
+        low,
+        low_open,
+        high,
+        high_open,
+        multiple,
+        values,
+        left.excluded | right.excluded,
+        left.not_multiples | right.not_multiples,
+    )
     if values is None:
         return both
     return NumberBranch(values=frozenset(value for value in values if both.holds(value)))
@@ -877,6 +892,10 @@ def _meet_numbers(left: NumberBranch, right: NumberBranch) -> NumberBranch:
 def _is_empty_number(branch: NumberBranch) -> bool:
     if branch.values is not None:
         return not branch.values
+    if branch.multiple is not None and any(
+        (branch.multiple / other).denominator == 1 for other in branch.not_multiples
+    ):
+        return True
     if branch.low is None or branch.high is None:
         return False
     if branch.low == branch.high:

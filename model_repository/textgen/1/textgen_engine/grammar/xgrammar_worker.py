@@ -17,7 +17,7 @@ from typing import Any
 from textgen_engine.errors import GrammarError, RequestError, Unsupported
 from textgen_engine.grammar.base import GrammarLimits, GrammarSpec, grammar_error
 from textgen_engine.grammar.regex import to_rust_regex
-from textgen_engine.grammar.rewrite import XGRAMMAR, prepare_schema
+from textgen_engine.grammar.rewrite import XGRAMMAR, prepare_leniently
 from textgen_engine.grammar.vocabulary import Vocabulary, unpack_bits
 
 _PROBE_STEPS = 64
@@ -75,7 +75,7 @@ class XgrammarSession:
         is_json = spec.kind in ("json_schema", "json_object", "tools")
         try:
             if is_json:
-                prepared = prepare_schema(spec, XGRAMMAR, self._limits, rebuild=True)
+                prepared = prepare_leniently(spec, XGRAMMAR, self._limits)
                 if prepared.or_plain_text:
                     raise Unsupported("grammar_backend xgrammar has no tool_choice auto; llguidance has")
                 warnings = prepared.warnings
