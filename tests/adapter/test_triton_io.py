@@ -1,0 +1,335 @@
+"""Tensors to requests, outputs to tensors, errors to codes; the real Triton is in tests/server."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from textgen_engine import errors
+from textgen_engine.config import GrammarConfig
+from textgen_engine.messages import EngineInfo
+from textgen_engine.parameters import ParameterLimits
+from textgen_engine.request import FinishReason, Timings, TokenDetail, TokenOutput
+
+from .fake_backend import InferenceResponse, Sender, Tensor, TritonError, request
+
+INFO = EngineInfo(
+    vocab_size=100, max_input_tokens=10, max_total_tokens=16, num_blocks=8, block_size=4, eos_token_ids=frozenset({2})
+)
+
+
+@pytest.fixture
+def parse(triton_io: Any) -> Any:
+    def parse(**inputs: Any) -> Any:
+        return triton_io.parse_request(
+            request(**inputs), limits=ParameterLimits(), vocab_size=100, grammar_config=GrammarConfig()
+        )
+
+    return parse
+
+
+@pytest.fixture
+def build(triton_io: Any, parse: Any) -> Any:
+    def build(timeout_s: float | None = None, **inputs: Any) -> Any:
+        parsed = parse(**inputs)
+        ids = parsed.input_ids if parsed.input_ids is not None else [5, 6, 7]
+        return triton_io.build_request(
+            parsed, request_id="7", prompt_ids=ids, info=INFO, arrival_s=100.0, timeout_s=timeout_s
+        )
+
+    return build
+
+
+# ---- requests -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ({}, "none was given"),
+        ({"text_input": "a", "messages": []}, "text_input and messages were given"),
+        ({"text_input": "a", "messages": [], "input_ids": [1]}, "text_input and messages and input_ids were given"),
+    ],
+)
+def test_exactly_one_prompt(parse: Any, inputs: dict[str, Any], says: str) -> None:
+    with pytest.raises(errors.InvalidParameter, match=says):
+        parse(**inputs)
+
+
+def test_a_plain_request_asks_for_nothing_more(parse: Any) -> None:
+    parsed = parse(text_input="a")
+    assert parsed.prompt_form == "text_input"
+    options = parsed.options
+    assert not any((options.stream, options.return_full_text, options.finish_reason, options.logprobs, options.details))
+    assert options.num_choices == 1
+
+
+def test_parameters_of_three_places_are_one_set(parse: Any) -> None:
+    parsed = parse(
+        text_input="a", sampling_parameters={"top_k": 5}, parameters={"max_new_tokens": 3, "top_k": 5}, stop=["x", "y"]
+    )
+    assert parsed.given_parameters == {"top_k": 5, "max_new_tokens": 3, "stop": ["x", "y"]}
+    assert parsed.parameters.stopping.stop == ("x", "y")
+
+
+def test_the_same_name_with_two_values_is_refused(parse: Any) -> None:
+    with pytest.raises(errors.InvalidParameter, match=r"`top_k` is given twice with different values: 5 .* 6"):
+        parse(text_input="a", sampling_parameters={"top_k": 5}, parameters={"top_k": 6})
+    with pytest.raises(errors.InvalidParameter, match="`stop` is given twice"):
+        parse(text_input="a", sampling_parameters={"stop": ["x"]}, stop=["y"])
+    assert parse(text_input="a", sampling_parameters={"stop": "x"}, stop=["x"]).parameters.stopping.stop == ("x",)
+
+
+def test_parameters_of_triton_and_its_clients_are_not_ours(parse: Any) -> None:
+    foreign = {"sequence_id": 0, "sequence_start": False, "sequence_end": False, "binary_data_output": True}
+    assert (
+        parse(text_input="a", parameters=foreign | {"triton_enable_empty_final_response": True}).given_parameters == {}
+    )
+    with pytest.raises(errors.InvalidParameter, match="unknown parameter `sequence`"):
+        parse(text_input="a", parameters={"sequence": 0})
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '"x"', "[" * 100_000, "nul", '{"a": ' + "9" * 5000 + "}"])
+def test_sampling_parameters_must_be_a_json_object(parse: Any, text: str) -> None:
+    with pytest.raises(errors.InvalidParameter, match="`sampling_parameters`"):
+        parse(text_input="a", sampling_parameters=text)
+
+
+@pytest.mark.parametrize("name", ["sampling_parameters", "prompt_text", "stop"])
+def test_broken_utf8_is_named_with_its_place(parse: Any, name: str) -> None:
+    with pytest.raises(errors.InvalidParameter, match=f"`{name}` must be UTF-8 text; byte 1 is not"):
+        parse(text_input="a", **{name: b"x\xff"})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "full"),
+    [
+        ({}, False),
+        ({"sampling_parameters": {"return_full_text": True}}, True),
+        ({"exclude_input_in_output": True}, False),
+        ({"exclude_input_in_output": False}, True),
+        ({"exclude_input_in_output": False, "sampling_parameters": {"return_full_text": True}}, True),
+    ],
+)
+def test_who_wants_the_prompt_in_front(parse: Any, inputs: dict[str, Any], full: bool) -> None:
+    assert parse(text_input="a", **inputs).options.return_full_text is full
+
+
+def test_contradicting_wishes_about_the_prompt_are_refused(parse: Any) -> None:
+    with pytest.raises(errors.InvalidParameter, match="`exclude_input_in_output` and `return_full_text`"):
+        parse(text_input="a", exclude_input_in_output=True, sampling_parameters={"return_full_text": True})
+
+
+def test_return_logprobs_makes_the_engine_report_them(parse: Any) -> None:
+    assert not parse(text_input="a").parameters.output.logprobs
+    assert parse(text_input="a", return_logprobs=True).parameters.output.logprobs
+
+
+def test_the_tokenizer_is_asked_with_the_prompt_and_what_changes_it(triton_io: Any, parse: Any) -> None:
+    arrived = request(text_input="a", sampling_parameters={"truncate": 4})
+    parsed = triton_io.parse_request(arrived, limits=ParameterLimits(), vocab_size=100, grammar_config=GrammarConfig())
+    asked = triton_io.tokenizer_request(arrived, parsed)
+    assert asked.model_name == "tokenizer"
+    assert asked.inputs["text_input"].as_numpy().tolist() == [b"a"]
+    assert json.loads(asked.inputs["sampling_parameters"].as_numpy()[0]) == {"truncate": 4}
+
+
+@pytest.mark.parametrize(
+    ("timeout_us", "parameter", "default_s", "expected_s"),
+    [
+        (0, None, None, None),
+        (0, None, 9.0, 9.0),
+        (2_000_000, None, 9.0, 2.0),
+        (0, 3.0, 9.0, 3.0),
+        (0, 30.0, 9.0, 30.0),  # a default, not a bound
+        (2_000_000, 3.0, None, 2.0),
+        (4_000_000, 3.0, None, 3.0),
+    ],
+)
+def test_the_smaller_deadline_counts(
+    triton_io: Any,
+    parse: Any,
+    timeout_us: int,
+    parameter: float | None,
+    default_s: float | None,
+    expected_s: float | None,
+) -> None:
+    given = {} if parameter is None else {"timeout": parameter}
+    parsed = parse(text_input="a", sampling_parameters=given)
+    found = triton_io.request_timeout_s(request(timeout_us=timeout_us), parsed.parameters, default_s)
+    assert found == expected_s
+
+
+# ---- limits ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_engines_request(build: Any) -> None:
+    sampling = {"max_new_tokens": 4, "priority": 3, "seed": 1, "temperature": 0.5}
+    built = build(timeout_s=2.5, text_input="a", stream=True, sampling_parameters=sampling)
+    assert (built.request_id, built.prompt_token_ids, built.stream) == ("7", (5, 6, 7), True)
+    assert (built.priority, built.arrival_s, built.deadline_s) == (3, 100.0, 102.5)
+    assert build(text_input="a").deadline_s is None
+
+
+@pytest.mark.parametrize(("ids", "says"), [([1, 100], "100 at position 1"), ([-1], "-1 at position 0")])
+def test_ids_outside_the_vocabulary(build: Any, ids: list[int], says: str) -> None:
+    with pytest.raises(errors.InvalidParameter, match=f"from 0 to 99; given: {says}"):
+        build(input_ids=ids)
+
+
+def test_length_errors_say_both_numbers(build: Any) -> None:
+    with pytest.raises(errors.PromptTooLong, match=r"11 tokens.* 10 "):
+        build(input_ids=[1] * 11)
+    with pytest.raises(errors.PromptTooLong, match=r"16 .*10 .* 7 "):
+        build(input_ids=[1] * 10, sampling_parameters={"max_new_tokens": 7})
+    assert build(input_ids=[1] * 10, sampling_parameters={"max_new_tokens": 6}).stopping.max_new_tokens == 6
+
+
+def test_given_ids_are_truncated_from_the_left(build: Any) -> None:
+    assert build(input_ids=list(range(20)), sampling_parameters={"truncate": 3}).prompt_token_ids == (17, 18, 19)
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.InvalidParameter("x"), TritonError.INVALID_ARG),
+        (errors.PromptTooLong("x"), TritonError.INVALID_ARG),
+        (errors.GrammarError("x"), TritonError.INVALID_ARG),
+        (errors.TemplateError("x"), TritonError.INVALID_ARG),
+        (errors.ToolError("x"), TritonError.INVALID_ARG),
+        (errors.Unsupported("x"), TritonError.UNSUPPORTED),
+        (errors.Overloaded("x"), TritonError.UNAVAILABLE),
+        (errors.NotReady("x"), TritonError.UNAVAILABLE),
+        (errors.EngineFailure("x"), TritonError.INTERNAL),
+        (errors.DeadlineExceeded("x"), TritonError.CANCELLED),
+        (errors.Cancelled("x"), TritonError.CANCELLED),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_error_has_its_code_and_its_prefix(triton_io: Any, error: errors.EngineError, code: int) -> None:
+    failure = triton_io.error_response(error).error()
+    assert failure.code == code
+    assert failure.message() == f"{error.prefix}: x"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [errors.InvalidParameter("a: b"), errors.TemplateError("a: b"), errors.ToolError("x"), errors.NotReady("x")],
+)
+def test_an_error_of_the_tokenizer_keeps_its_kind(triton_io: Any, error: errors.EngineError) -> None:
+    """A call to another model loses the code; the text has to carry everything."""
+    answer = InferenceResponse(error=TritonError(f"Failed to process the request(s), message: {error}"))
+    with pytest.raises(errors.EngineError) as raised:
+        triton_io.read_tokenizer_response(answer)
+    assert str(raised.value) == str(error)
+    assert raised.value.public_type == error.public_type
+
+
+@pytest.mark.parametrize("text", ["", "Stub process 'tokenizer' is not healthy.", "Traceback\n  File x"])
+def test_a_failing_tokenizer_is_no_fault_of_the_client(triton_io: Any, text: str) -> None:
+    with pytest.raises(errors.EngineError) as raised:
+        triton_io.read_tokenizer_response(InferenceResponse(error=TritonError(text)))
+    assert not isinstance(raised.value, errors.RequestError)
+    assert "\n" not in str(raised.value)
+
+
+def test_ids_and_text_of_the_tokenizer(triton_io: Any) -> None:
+    import numpy as np
+
+    tensors = [
+        Tensor("input_ids", np.array([1, 2], dtype=np.int32)),
+        Tensor("prompt_text", np.array(["é".encode()], dtype=np.object_)),
+    ]
+    assert triton_io.read_tokenizer_response(InferenceResponse(tensors)) == ([1, 2], "é")
+
+
+# ---- responses ------------------------------------------------------------------------------------------------------
+
+
+def _sent(triton_io: Any, options: Any, outputs: list[TokenOutput | None], **more: Any) -> Any:
+    news = [
+        triton_io.ChoiceNews(
+            output, 0 if output is None else len(output.token_ids), output and output.finish_reason and "length"
+        )
+        for output in outputs
+    ]
+    arguments = {"prompt_prefix": "", "others": [], "validation_s": 0.5} | more
+    sender = Sender()
+    triton_io.send(sender, triton_io.output_response(options, news, **arguments), final=False)
+    return sender.sent[0]
+
+
+def _last(**more: Any) -> TokenOutput:
+    timings = Timings(arrival_s=10.0, scheduled_s=11.0, first_token_s=12.0, finished_s=15.0)
+    fields = {"text": "ab", "token_ids": [4, 5], "num_prompt_tokens": 3, "finish_reason": FinishReason.LENGTH}
+    return TokenOutput("7", **{**fields, "timings": timings, "is_last": True, **more})
+
+
+def test_only_the_tensors_asked_for(triton_io: Any) -> None:
+    switches = ("finish_reason", "num_input_tokens", "num_output_tokens", "logprobs", "details")
+    assert _sent(triton_io, triton_io.ResponseOptions(), [_last()]).names == {"text_output"}
+    for name in switches:
+        options = triton_io.ResponseOptions(**{name: True})
+        assert _sent(triton_io, options, [_last()]).names == {"text_output", name}
+
+
+def test_one_element_per_choice_also_for_those_without_news(triton_io: Any) -> None:
+    options = triton_io.ResponseOptions(
+        finish_reason=True, num_input_tokens=True, num_output_tokens=True, logprobs=True, details=True, num_choices=2
+    )
+    sent = _sent(triton_io, options, [None, _last()])
+    assert sent["text_output"] == ["", "ab"]
+    assert sent["finish_reason"] == ["None", "length"]
+    assert sent["num_input_tokens"] == [3]
+    assert sent["num_output_tokens"] == [0, 2]
+    assert sent["logprobs"] == ["[]", "[]"]
+    details = json.loads(sent["details"][0])
+    assert details["tokens"] == []
+    assert [choice.get("generated_tokens") for choice in details["choices"]] == [None, 2]
+
+
+def test_the_prompt_goes_before_every_choice(triton_io: Any) -> None:
+    options = triton_io.ResponseOptions(num_choices=2)
+    assert _sent(triton_io, options, [_last(), None], prompt_prefix="P ")["text_output"] == ["P ab", "P "]
+
+
+def test_details_are_json_whatever_the_numbers(triton_io: Any) -> None:
+    """JSON has no infinities; a token that a mask excluded has one."""
+    top = [TokenDetail(5, "b", -0.5, False), TokenDetail(6, "c", float("-inf"), False)]
+    tokens = [TokenDetail(4, "🎉", float("-inf"), False), TokenDetail(5, '"', -0.5, True, top=top)]
+    options = triton_io.ResponseOptions(details=True, logprobs=True)
+    output = _last(details=tokens, prompt_details=[TokenDetail(1, "p", None, False)], seed=2**64 - 1)
+    sent = _sent(triton_io, options, [output])
+    details = json.loads(sent["details"][0], parse_constant=pytest.fail)
+    assert details["tokens"][0] == {"id": 4, "text": "🎉", "logprob": None, "special": False}
+    assert details["top_tokens"][1][1]["logprob"] is None
+    assert details["prefill"] == [{"id": 1, "text": "p", "logprob": None}]
+    assert details["seed"] == 2**64 - 1
+    first, second = json.loads(sent["logprobs"][0], parse_constant=pytest.fail)
+    assert first == {"4": {"logprob": None, "rank": None, "decoded_token": "🎉"}}
+    assert second["5"]["rank"] == 1
+    assert second["6"] == {"logprob": None, "rank": 2, "decoded_token": "c"}
+
+
+def test_timings_add_up(triton_io: Any) -> None:
+    sent = _sent(triton_io, triton_io.ResponseOptions(details=True), [_last()])
+    timings = json.loads(sent["details"][0])["timings"]
+    assert timings == {
+        "total_time": 5.0,
+        "validation_time": 0.5,
+        "queue_time": 0.5,
+        "inference_time": 4.0,
+        "time_per_token": 2.0,
+    }
+
+
+def test_candidates_that_best_of_did_not_pick_are_in_the_details(triton_io: Any) -> None:
+    options = triton_io.ResponseOptions(details=True)
+    sent = _sent(triton_io, options, [_last()], others=[_last(text="zz", choice=1)])
+    [other] = json.loads(sent["details"][0])["best_of_sequences"]
+    assert (other["generated_text"], other["generated_tokens"]) == ("zz", 2)
