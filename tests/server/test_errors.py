@@ -40,7 +40,11 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "too long text": ({"text_input": "word " * 1000}, VALIDATION, ("1001", "960")),
     "hopelessly long text": ({"text_input": "word " * 100_000}, VALIDATION, ("500000", "960")),
     "too many ids": ({"input_ids": [5] * 961}, VALIDATION, ("961", "960")),
-    "too many new tokens": (_given(max_new_tokens=1024), VALIDATION, ("1024", "MAX_TOTAL_TOKENS", "the prompt has 1 tokens")),
+    "too many new tokens": (
+        _given(max_new_tokens=1024),
+        VALIDATION,
+        ("1024", "MAX_TOTAL_TOKENS", "the prompt has 1 tokens"),
+    ),
     "broken UTF-8": ({"text_input": strings(b"caf\xe9")}, VALIDATION + "`text_input`", ("UTF-8", "byte 3")),
     "broken UTF-8 in messages": ({"messages": strings(b'[{"role": "\xff"}]')}, VALIDATION + "`messages`", ("UTF-8",)),
     "id above the vocabulary": ({"input_ids": [1, 2, 49152]}, VALIDATION, ("49152", "position 2", "49151")),

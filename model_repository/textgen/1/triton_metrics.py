@@ -114,7 +114,7 @@ class MetricsPublisher:
         self._stopping.set()
         self._thread.join(5.0)
 
-    def count(self, name: str, amount: float = 1, *, err: str = "") -> None:
+    def count(self, name: str, amount: int = 1, *, err: str = "") -> None:
         """Add to a counter."""
         with self._lock:
             self._counts[name, err] += amount
