@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+
 from textgen_tokenizer.config import read_config
 from textgen_tokenizer.errors import TokenizerError, Unsupported
 from textgen_tokenizer.service import TokenizerAnswer, TokenizerRequest, TokenizerService
