@@ -52,6 +52,12 @@ CORPUS: list[tuple[str, Any, list[str], list[str]]] = [
         ],
         ['{"name":"Ada"}', '{"name":"","age":1}', '{"name":"Ada","age":1.5}', '{"name":"A","age":1,"x":2}', "[]", "x"],
     ),
+    (
+        "json_schema",
+        {"type": "array", "items": {"type": "object", "additionalProperties": {}}, "maxItems": 2},
+        ['[{"a":1},{"b":["x",null,{"c":true}]}]', "[]"],
+        ["[1]", "[{},{},{}]", "{}"],
+    ),
     ("json_object", {"type": "object"}, ['{"a":[1,{"b":null}]}', '{"a": "é"}'], ["[1]", '"x"', "1", '{"a":}', "{a:1}"]),
     ("regex", r"[0-9]{1,3}(\.[0-9]{1,3}){3}", ["1.2.3.4", "192.168.0.1"], ["1.2.3", "a", "1.2.3.4.", "1234.1.1.1"]),
     ("regex", r"(a|ab|abc)d", ["ad", "abd", "abcd"], ["d", "abab", "abc"]),

@@ -101,6 +101,8 @@ EXACT: dict[str, Any] = {
     "not properties": {"not": {"properties": {"a": {"type": "string"}}}},
     "not not": {"not": {"not": {"type": "string", "minLength": 2}}},
     "not length": {"not": {"type": "string", "minLength": 2, "maxLength": 3}},
+    "holes outside an interval": {"type": "number", "maximum": 1, "minimum": 0, "not": {"enum": [-3, 0, 0.5, 1.5]}},
+    "a hole at the bound": {"type": "number", "maximum": 1, "not": {"const": 1}},
     "not not an integer": {"not": {"allOf": [{"not": {"type": "integer"}}]}},
     "not bounds": {"type": "integer", "not": {"minimum": 1, "maximum": 2}},
     "not items count": {"type": "array", "not": {"minItems": 1, "maxItems": 2}},

@@ -52,7 +52,7 @@ class LmfeBackend:
         except WorkerLate:
             limit = self._limits.compile_timeout_s
             raise GrammarError(f"lmfe: the grammar took longer than {limit:g} s to compile") from None
-        except WorkerDied:
+        except (WorkerDied, RuntimeError):
             raise GrammarError("lmfe: the grammar used up the memory of its worker") from None
         finally:
             worker.close()

@@ -84,6 +84,7 @@ class Capabilities:
     open_objects: bool = True
     count_properties: bool = False
     mixed_enums: bool = True
+    untyped: bool = True
 
 
 LLGUIDANCE = Capabilities(
@@ -99,7 +100,7 @@ LLGUIDANCE = Capabilities(
 )
 XGRAMMAR = Capabilities("xgrammar")
 LMFE = Capabilities(
-    "lmfe", number_bounds=False, prefix_items=False, open_objects=False, mixed_enums=False, pattern_and_length=False
+    "lmfe", number_bounds=False, prefix_items=False, open_objects=False, mixed_enums=False, untyped=False
 )
 
 
@@ -258,11 +259,11 @@ class _Rebuilder:
         if self._num_nodes > self._max_nodes:
             raise Inexpressible("schema", "#", "its rewritten form is too large")
         if expr == TRUE:
-            return {}
+            return self._anything()
         if isinstance(expr, Leaf):
             node = expr.place.node
             if isinstance(node, bool) or node == {}:
-                return {} if node is not False else False
+                return self._anything() if node is not False else False
             if "$ref" in node and (
                 self._document.is_old_draft or not set(node) - _IDENTIFIERS - _ANNOTATIONS - {"$ref"}
             ):
@@ -273,6 +274,10 @@ class _Rebuilder:
         if isinstance(expr, Values):
             return self._of_branches(self._sets.branches(expr), "#")
         return self._reference(expr)
+
+    def _anything(self) -> dict[str, Any]:
+        """The schema of all values; lmfe knows none without a type."""
+        return {} if self._can.untyped else {"anyOf": [{"type": branch.type} for branch in FULL]}
 
     def _reference(self, expr: Expr) -> Any:
         """A reference to the expression's definition, written now if it is the first."""
@@ -323,7 +328,7 @@ class _Rebuilder:
     def _of_branches(self, branches: Sequence[Branch], place: str) -> Any:
         plain = [branch for branch in branches if branch in FULL]
         if len(plain) == len(FULL):
-            return {}
+            return self._anything()
         schemas: list[Any] = []
         if plain:
             names = [branch.type for branch in FULL if branch in plain]
@@ -639,12 +644,15 @@ def _pointer(expr: Expr) -> str:
 
 
 def _intervals(branch: NumberBranch) -> Iterator[tuple[Fraction | None, bool, Fraction | None, bool]]:
-    """(low, open, high, open) around each excluded number."""
+    """(low, open, high, open) of the pieces that the excluded numbers leave of the branch's interval."""
     low, low_open = branch.low, branch.low_open
     for hole in sorted(branch.excluded):
-        yield low, low_open, hole, True
-        low, low_open = hole, True
-    yield low, low_open, branch.high, branch.high_open
+        if (low is None or hole >= low) and (branch.high is None or hole <= branch.high):
+            if low is None or hole > low:
+                yield low, low_open, hole, True
+            low, low_open = hole, True
+    if low is None or branch.high is None or low < branch.high or (low == branch.high and not low_open):
+        yield low, low_open, branch.high, branch.high_open
 
 
 def _choices(

@@ -56,7 +56,7 @@ class XgrammarBackend:
         except WorkerLate:
             limit = self._limits.compile_timeout_s
             raise GrammarError(f"xgrammar: the grammar took longer than {limit:g} s to compile") from None
-        except WorkerDied:
+        except (WorkerDied, RuntimeError):
             raise GrammarError("xgrammar: the grammar crashed its compiler or used up its memory") from None
         finally:
             worker.close()

@@ -96,11 +96,11 @@ class XgrammarSession:
                 # A root rule that refers to itself makes the library's masks and its matcher disagree.
                 compiled = compiler.compile_grammar(_wrap_root(spec.value))
             self._probe(compiled)
+            return XgrammarResult(compiled.serialize_json(), int(compiled.memory_size_bytes), is_json, warnings)
         except RequestError:
             raise
         except Exception as error:
             raise grammar_error(f"xgrammar: {_last_line(str(error))}") from None
-        return XgrammarResult(compiled.serialize_json(), int(compiled.memory_size_bytes), is_json, warnings)
 
     def _probe(self, compiled: Any) -> None:
         """Walk at random: the first mask must allow something, and no mask may take long."""
