@@ -275,12 +275,14 @@ def test_nobody_is_asked_once_the_final_flag_is_sent(desk: Callable[..., Desk]) 
 
 def test_requests_are_found_by_the_clients_id(desk: Callable[..., Desk]) -> None:
     made = desk()
-    live = made.add("a")
+    may_send = threading.Event()
+    live = made.add("a", before_send=lambda sent: may_send.wait(10))
     assert made.responder.by_client_id("client-a") == [live]
     assert made.responder.by_client_id("client-b") == []
     made.step(_last("a"))
+    assert made.responder.by_client_id("client-a") == [], "answered in full, though not yet sent"
+    may_send.set()
     made.senders["a"].wait_for_end()
-    assert made.responder.by_client_id("client-a") == []
 
 
 # ---- keep-alive -----------------------------------------------------------------------------------------------------

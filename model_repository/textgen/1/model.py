@@ -187,8 +187,6 @@ class TritonPythonModel:
     # ---- the engine's and the poller's threads -----------------------------------------------------------------
 
     def _on_report(self, report: StepReport) -> None:
-        if report.metrics is not None:
-            self._metrics.note_step(report.metrics)
         for live in self._responder.deliver(report):
             if live.error is not None:
                 self._metrics.note_failure(live.error)
@@ -199,6 +197,9 @@ class TritonPythonModel:
                 num_output=sum(live.num_tokens.values()),
                 validation_s=live.validation_s,
             )
+        # Last, so that gauges never show a request as gone that is not yet answered and counted.
+        if report.metrics is not None:
+            self._metrics.note_step(report.metrics)
 
     def _on_client_gone(self, live: LiveRequest) -> None:
         live.cancelled = True

@@ -112,9 +112,9 @@ class Responder:
             self._changed.notify_all()
 
     def by_client_id(self, client_id: str) -> list[LiveRequest]:
-        """Live requests with this id of the client's."""
+        """Requests with this id of the client's that are not yet answered in full (the answer may still be unsent)."""
         with self._changed:
-            return [live for live in self._live.values() if live.client_id == client_id]
+            return [live for live in self._live.values() if live.client_id == client_id and not live.is_complete]
 
     def fail(self, live: LiveRequest, error: EngineError) -> bool:
         """Answer a request with an error; False, and nothing done, when it is already answered in full."""
