@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
@@ -76,12 +77,20 @@ def test_known_traffic_is_counted_exactly(server: RunningServer, wire: Wire) -> 
         found = {name: server.metric(name) for name in names}
         return found | {"failed": server.metric("tgi_request_failure", err="validation")}
 
+    def is_quiet() -> bool:
+        """What other tests left to be published has been: two looks, more than one interval apart, see the same."""
+        earlier = counts()
+        threading.Event().wait(0.5)
+        return counts() == earlier
+
     wait_until_idle(server)
+    wait_until(is_quiet, "no news")
     before = counts()
     assert wire.ask(**repeated).errors == []
     assert wire.ask(**repeated, stream=True).errors == []  # its first block of 16 is cached now
     assert wire.ask(**repeated, model="ensemble").errors == []
     assert wire.error_of(**repeated, text_input="too much")
+    assert wire.error_of(request_id="nobody", cancel=True)  # no request to generate: counted nowhere
     expected = {
         "tgi_request_count": 4,
         "tgi_inter_token_latency_seconds_count": 3 * 4,

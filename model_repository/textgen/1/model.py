@@ -103,8 +103,9 @@ class TritonPythonModel:
         """Let live requests end, then end the engine and the threads."""
         self._finalizing = True
         self._admission.shutdown(wait=True)
-        self._responder.stop(_DRAIN_TIMEOUT_S)
-        self._engine.stop()
+        self._responder.wait_until_idle(_DRAIN_TIMEOUT_S)
+        self._engine.stop()  # answers what is still live; the responder sends it
+        self._responder.stop()
         self._metrics.stop()
 
     def is_ready(self) -> bool:
@@ -115,7 +116,7 @@ class TritonPythonModel:
 
     def _admit(self, live: LiveRequest, request: Any) -> None:
         try:
-            if triton_io.is_cancel_request(request):
+            if _is_cancel(request):
                 self._cancel_by_id(live)
                 return
             self._metrics.count("tgi_request_count")
@@ -168,14 +169,18 @@ class TritonPythonModel:
             self._engine.cancel(live.key)
 
     def _cancel_by_id(self, live: LiveRequest) -> None:
-        if not live.client_id:
-            raise InvalidParameter("`cancel` needs the id of a live request as the request's id")
+        """Answer a `cancel` request. Nothing of it is counted: it is no request to generate."""
         targets = [target for target in self._responder.by_client_id(live.client_id) if target is not live]
-        if not targets:
-            raise InvalidParameter(f"`cancel`: no live request has the id {live.client_id!r}")
-        for target in targets:
-            self._on_client_gone(target)
-        self._responder.reply(live, triton_io.text_response(""))
+        if not live.client_id:
+            error = InvalidParameter("`cancel` needs the id of a live request as the request's id")
+            self._responder.fail(live, error)
+        elif not targets:
+            error = InvalidParameter(f"`cancel`: no live request has the id {live.client_id!r}")
+            self._responder.fail(live, error)
+        else:
+            for target in targets:
+                self._on_client_gone(target)
+            self._responder.reply(live, triton_io.text_response(""))
 
     def _fail(self, live: LiveRequest, error: EngineError) -> None:
         if self._responder.fail(live, error):
