@@ -366,10 +366,20 @@ def test_the_shared_server_answers_in_words(server: RunningServer) -> None:
     assert {"tritonserver", "engine", "textgen", "tokenizer"} <= server.pids.keys()
 
 
-def test_the_real_server_leaves_nothing(start_server: Callable[..., RunningServer], no_leftovers: None) -> None:
-    running = start_server()
+def test_the_real_server_finishes_its_streams_and_leaves_nothing(
+    start_server: Callable[..., RunningServer], no_leftovers: None
+) -> None:
+    running = start_server(GRACEFUL_TERMINATION_TIMEOUT="60")
     assert processes.pids_by_role(running.pid("tritonserver"))["engine"]
-    assert running.stop() == 0
+    request = {"text_input": "One, two, three,", "stream": True, "max_new_tokens": 30, "ignore_eos_token": True}
+    events: list[dict[str, Any]] = []
+    client = threading.Thread(target=lambda: events.extend(_generate(running, **request)))
+    client.start()
+    _wait_for(lambda: running.metric("tgi_batch_current_size") == 1)
+    assert running.stop(timeout_s=90) == 0
+    client.join()
+    assert [event for event in events if "error" in event] == []
+    assert len(events) == 30
 
 
 def _wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
