@@ -11,7 +11,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 from safetensors import SafetensorError, safe_open
 
 from textgen_serve.errors import ServeError
@@ -68,20 +67,6 @@ def check_memory(checkpoint: Checkpoint, dtype: str | None, available_bytes: int
             f"not enough memory: the weights of {checkpoint.folder} need {needed / 2**30:.1f} GiB, "
             f"{available_bytes / 2**30:.1f} GiB are available"
         )
-
-
-def available_memory_bytes() -> int:
-    """Memory this process could still use: the machine's, or what is left below the container's limit."""
-    available: int = psutil.virtual_memory().available
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        # The page cache counts as used there, yet it gives way.
-        fields = (line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        cached = next((int(value) for name, value in fields if name == "inactive_file"), 0)
-    except (OSError, ValueError):
-        return available
-    return available if limit == "max" else min(available, int(limit) - used + cached)
 
 
 def has_gpu() -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from textgen_engine import host_memory
 from textgen_serve import checkpoint, demo_model, options, probe, processes, ready_file
 from textgen_serve.errors import ServeError
 from textgen_serve.log import LogFollower, LogLine
@@ -103,7 +104,7 @@ class Launcher:
         config = options.check(environment, has_gpu)
         found = checkpoint.inspect(config.model.model_id)
         if not has_gpu:
-            checkpoint.check_memory(found, config.model.dtype, checkpoint.available_memory_bytes())
+            checkpoint.check_memory(found, config.model.dtype, host_memory.available_bytes())
         return found.folder
 
     def _demo_model(self) -> Path:

@@ -54,7 +54,7 @@ def desk(triton_responder: Any, triton_io: Any) -> Iterator[Callable[..., Desk]]
 
     yield make
     for made in desks:
-        made.responder.stop(0.0)
+        made.responder.stop()
         assert [sender.crimes for sender in made.senders.values()] == [[]] * len(made.senders)
 
 
@@ -178,7 +178,7 @@ def test_a_response_that_cannot_be_built_is_an_error(desk: Callable[..., Desk]) 
 def test_stop_waits_for_live_requests(desk: Callable[..., Desk]) -> None:
     made = desk()
     made.add("a")
-    stopper = threading.Thread(target=made.responder.stop, args=(30.0,))
+    stopper = threading.Thread(target=made.responder.wait_until_idle, args=(30.0,))
     stopper.start()
     made.step(_token("a", "x"))
     made.senders["a"].wait_for_number(1)

@@ -443,6 +443,26 @@ def test_a_long_random_schedule_answers_everyone_once_and_leaks_nothing(
     assert harness.engine._blocks.num_available == harness.engine._blocks.num_blocks
 
 
+def test_a_request_that_breaks_a_library_on_arrival_ends_alone(
+    new_engine: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, an exception outside the step ended the engine's process, and the next one's, and the next one's."""
+    harness = new_engine()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise TypeError("half a character")
+
+    monkeypatch.setattr(type(harness.engine._tokenizer), "encode", fail)
+    harness.submit(
+        make_request("before", [5, 6, 7], 4),
+        make_request("poison", [5, 6, 7], 4, bad_words=("x",)),
+        make_request("after", [5, 6, 7], 4),
+    )
+    harness.until_idle()
+    assert isinstance(harness.answers["poison"].error, EngineFailure)
+    assert len(harness.answers["before"].ids()) == len(harness.answers["after"].ids()) == 4
+
+
 def random_request(rng: random.Random, name: str, now_s: float) -> GenerationRequest:
     n = rng.choice([1, 1, 1, 2, 3])
     return make_request(

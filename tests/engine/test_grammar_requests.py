@@ -117,3 +117,80 @@ def test_a_long_check_does_not_hold_up_a_neighbour(new_engine: NewEngine) -> Non
     latch.set()
     wait_for_answers(harness)
     assert json.loads(harness.answers["check"].text())["accepted"] is True
+
+
+class SlowMatcher:
+    """Allows one token, three times; each next mask takes a while, and nothing may be asked meanwhile."""
+
+    def __init__(self, token_id: int, num_words: int) -> None:
+        self._token_id, self._num_words = token_id, num_words
+        self._num_left, self._num_polls = 3, 0
+
+    def ready(self) -> bool:
+        self._num_polls -= 1
+        return self._num_polls < 0
+
+    def _assert_ready(self) -> None:
+        assert self._num_polls < 0, "asked before it was ready: every sequence would wait for the answer"
+
+    def fill(self, row: Any) -> None:
+        self._assert_ready()
+        row[:] = 0
+        row[self._token_id >> 5] = 1 << (self._token_id & 31)
+
+    def advance(self, token_ids: list[int]) -> int:
+        assert token_ids == [self._token_id]
+        self._num_left -= 1
+        self._num_polls = 6
+        return 1
+
+    def is_complete(self) -> bool:
+        self._assert_ready()
+        return self._num_left == 0
+
+    def can_stop(self) -> bool:
+        return self.is_complete()
+
+    def forced(self) -> list[int]:
+        return []
+
+    def error(self) -> None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_slow_matcher_holds_up_nobody(new_engine: NewEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = new_engine()
+    compiler = harness.engine._constraints._compiler
+
+    class Compiled:
+        warnings = ()
+
+        def matcher(self) -> SlowMatcher:
+            return SlowMatcher(40, compiler.masks.num_words)
+
+    class Handle:
+        compile_s = None
+
+        def done(self) -> bool:
+            return True
+
+        def result(self) -> Compiled:
+            return Compiled()
+
+    monkeypatch.setattr(compiler, "submit", lambda spec: Handle())
+    harness.submit(
+        make_request("slow", PROMPT, 20, grammar=PHRASE), make_request("free", PROMPT, 20, ignore_eos_token=True)
+    )
+    harness.until_idle()
+    assert harness.answers["slow"].ids() == [40, 40, 40]
+    assert harness.answers["slow"].reason() is FinishReason.EOS_TOKEN
+    assert len(harness.answers["free"].ids()) == 20
+    # The free one was through after 20 steps, the slow one took some 6 turns of the loop for each of its tokens.
+    order = [output.request_id for report in harness.reports for output in report.outputs]
+    assert order.index("free") < len(order) - 1
+    assert [name for name in order if name == "slow"][:2] == ["slow", "slow"]
+    first, second = [i for i, name in enumerate(order) if name == "slow"][:2]
+    assert second - first > 4, "the free one went on meanwhile"

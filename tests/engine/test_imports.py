@@ -18,7 +18,18 @@ ADAPTER = PACKAGE.parent
 
 # A file imports only from layers above its own; the order inside a layer is free, cycles are refused below.
 LAYERS = [
-    {"errors", "config", "metrics", "sampling.params", "grammar.base", "request", "sequence", "messages", "parameters"},
+    {
+        "errors",
+        "config",
+        "metrics",
+        "sampling.params",
+        "grammar.base",
+        "request",
+        "sequence",
+        "messages",
+        "parameters",
+        "host_memory",
+    },
     {"block_manager", "kv_cache", "attention.base", "detokenizer", "grammar", "sampling"},
     {"scheduler", "attention", "models", "batch", "model_runner", "constraints", "warmup"},
     {"engine"},

@@ -123,8 +123,8 @@ def parse_request(
         finish_reason=flags["return_finish_reason"] or False,
         num_input_tokens=flags["return_num_input_tokens"] or False,
         num_output_tokens=flags["return_num_output_tokens"] or False,
-        logprobs=flags["return_logprobs"] or False,
-        details=parameters.details or parameters.decoder_input_details,
+        logprobs=flags["return_logprobs"] or (parameters.output.logprobs and not parameters.output.token_details),
+        details=parameters.details or parameters.output.prompt_logprobs,
         num_choices=parameters.n,
     )
     if options.logprobs:
@@ -306,9 +306,8 @@ def _given_parameters(request: Any) -> dict[str, Any]:
 
 def _refuse_unsupported(parameters: RequestParameters) -> None:
     """Parameters of the contract whose feature this version does not have are refused, never ignored."""
-    for name in ("adapter_id", "guideline"):
-        if getattr(parameters, name) is not None:
-            raise Unsupported(f"`{name}` is not supported by this version")
+    if parameters.adapter_id is not None:
+        raise Unsupported("`adapter_id` is not supported by this version")
 
 
 def _grammar_spec(parameters: RequestParameters, config: GrammarConfig) -> GrammarSpec | None:
@@ -405,8 +404,9 @@ def output_response(
         tensors.append(pb_utils.Tensor("num_output_tokens", np.array(counts, dtype=np.uint32)))
     if options.logprobs:
         tensors.append(_string_tensor("logprobs", [_vllm_logprobs(output) for output in outputs]))
-    if options.details:
-        details = _details(news, others, validation_s)
+    warnings = [warning for output in outputs if output is not None for warning in output.warnings]
+    if options.details or warnings:  # what the client should know comes unasked
+        details = _details(news, others, validation_s) if options.details else {"warnings": warnings}
         tensors.append(_string_tensor("details", [json.dumps(details, ensure_ascii=False)]))
     return pb_utils.InferenceResponse(tensors)
 

@@ -86,10 +86,14 @@ class Responder:
         for thread in self._threads:
             thread.start()
 
-    def stop(self, timeout_s: float) -> None:
-        """Wait until every live request has its final flag, at most timeout_s, then end the threads."""
+    def wait_until_idle(self, timeout_s: float) -> None:
+        """Return when every live request has its final flag, or after timeout_s."""
         with self._changed:
             self._changed.wait_for(lambda: not self._live, timeout_s)
+
+    def stop(self) -> None:
+        """Send what is due, then end the threads."""
+        with self._changed:
             self._stopping = True
             self._changed.notify_all()
         for thread in self._threads:
@@ -267,9 +271,12 @@ class Responder:
                 live_requests = [live for live in self._live.values() if not live.cancelled and not live.is_complete]
             begun_s = time.monotonic()
             for live in live_requests:
-                if self._is_client_gone(live):
-                    live.cancelled = True
-                    self._on_cancelled(live)
+                try:
+                    if self._is_client_gone(live):
+                        live.cancelled = True
+                        self._on_cancelled(live)
+                except Exception:  # without this thread no cancellation would ever be seen again
+                    logger.exception("a request could not be asked for, or could not be cancelled")
             rest_s = max(_POLL_INTERVAL_S, (time.monotonic() - begun_s) * (1 / _POLL_SHARE - 1))
 
     def _is_client_gone(self, live: LiveRequest) -> bool:

@@ -106,7 +106,7 @@ OPTIONS: tuple[Option, ...] = (
     _tgi(
         "max_concurrent_requests", int, 128, "requests admitted at once; one more is answered `overloaded`", minimum=1
     ),
-    _tgi("max_batch_size", int, 256, "sequences that run in one step", minimum=1),
+    _tgi("max_batch_size", int, None, "sequences that run in one step; default: 256, or the token budget", minimum=1),
     _tgi(
         "max_batch_prefill_tokens", int, None, "token budget of one step; default: 512 on CPU, 4096 on GPU", minimum=16
     ),
@@ -176,7 +176,10 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _own("jump_forward", bool, True, "append tokens that a grammar forces without a forward pass for each"),
     _own("grammar_timeout_s", float, 5.0, "longest compilation of one grammar, in seconds", minimum=0.01),
-    _own("grammar_max_bytes", int, 262144, "largest schema, regex or grammar, in bytes", minimum=1),
+    _own("grammar_max_bytes", int, 262144, "largest JSON schema, list of choices or tools, in bytes", minimum=1),
+    _own("grammar_max_regex_bytes", int, 65536, "largest regex, Lark or EBNF grammar, in bytes", minimum=1),
+    _own("grammar_step_timeout_s", float, 2.0, "longest wait for one mask of lm-format-enforcer", minimum=0.01),
+    _own("grammar_max_lmfe_requests", int, 8, "texts that lm-format-enforcer constrains at once", minimum=1),
     _own("grammar_max_nesting", int, 64, "deepest nesting of a schema, regex or grammar", minimum=1, maximum=500),
     _own("grammar_cache_mib", int, 256, "memory for compiled grammars, in MiB", minimum=1),
     # Engine process.
@@ -295,6 +298,9 @@ class GrammarConfig:
     compile_timeout_s: float = 5.0
     max_bytes: int = 256 * 1024
     max_nesting: int = 64
+    max_regex_bytes: int = 64 * 1024
+    max_lmfe_requests: int = 8
+    step_timeout_s: float = 2.0
     cache_bytes: int = 256 << 20
 
 
@@ -332,6 +338,15 @@ def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, h
         raise ConfigError(f"MAX_INPUT_TOKENS ({max_input}) must be less than MAX_TOTAL_TOKENS ({max_total})")
     if values["batch_invariant"] and (has_gpu or values["dtype"] not in ("auto", "float32")):
         raise ConfigError("TEXTGEN_BATCH_INVARIANT is for float32 on the CPU; this version has no such mode elsewhere")
+    max_sequences = values["max_batch_size"]
+    max_tokens_per_step = values["max_batch_prefill_tokens"] or (4096 if has_gpu else 512)
+    if max_sequences is None:
+        max_sequences = min(256, max_tokens_per_step)
+    elif max_sequences > max_tokens_per_step:
+        raise ConfigError(
+            f"MAX_BATCH_SIZE ({max_sequences}) must be at most MAX_BATCH_PREFILL_TOKENS ({max_tokens_per_step}): "
+            f"every running sequence takes one token of a step"
+        )
     block_size, cache_tokens = values["block_size"], values["max_batch_total_tokens"]
     if cache_tokens is not None and max_total is not None and cache_tokens < max_total:
         raise ConfigError(f"MAX_BATCH_TOTAL_TOKENS ({cache_tokens}) must be at least MAX_TOTAL_TOKENS ({max_total})")
@@ -352,8 +367,8 @@ def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, h
             prefix_caching=values["prefix_caching"],
         ),
         scheduler=SchedulerConfig(
-            max_num_sequences=values["max_batch_size"],
-            max_tokens_per_step=values["max_batch_prefill_tokens"] or (4096 if has_gpu else 512),
+            max_num_sequences=max_sequences,
+            max_tokens_per_step=max_tokens_per_step,
             waiting_served_ratio=values["waiting_served_ratio"],
             max_waiting_steps=values["max_waiting_tokens"],
             priority_ageing_s=values["priority_ageing_s"],
@@ -385,6 +400,9 @@ def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, h
             compile_timeout_s=values["grammar_timeout_s"],
             max_bytes=values["grammar_max_bytes"],
             max_nesting=values["grammar_max_nesting"],
+            max_regex_bytes=values["grammar_max_regex_bytes"],
+            max_lmfe_requests=values["grammar_max_lmfe_requests"],
+            step_timeout_s=values["grammar_step_timeout_s"],
             cache_bytes=values["grammar_cache_mib"] << 20,
         ),
         log_level=values["log_level"],

@@ -11,8 +11,9 @@ mask that allows it alone. Both ways give the same tokens, so that the option ch
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +25,8 @@ from textgen_engine.grammar.check import GrammarVerdict, TextSplitter, check_tex
 from textgen_engine.request import GenerationRequest
 from textgen_engine.sampling.sampler import GrammarRows
 from textgen_engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class Accepted:
 class _Walk:
     matcher: GrammarMatcher
     jumps: bool  # forced tokens are appended at once
+    is_settled: bool = True  # False: whether the last token completed the text is not known yet
     forced: list[int] = field(default_factory=list)  # what must come next, as far as known
 
 
@@ -62,11 +66,6 @@ class Constraints:
 
     # ---- waiting for a grammar ---------------------------------------------------------------------------------
 
-    @property
-    def num_waiting(self) -> int:
-        """Requests whose grammar is being compiled."""
-        return len(self._waiting)
-
     def submit(self, request: GenerationRequest) -> None:
         """Ask for the request's grammar."""
         assert request.grammar is not None
@@ -78,8 +77,8 @@ class Constraints:
             handle = self._waiting.pop(request_id)
             try:
                 yield request_id, handle.result(), handle.compile_s
-            except EngineError as error:
-                yield request_id, error, handle.compile_s
+            except Exception as error:
+                yield request_id, as_engine_error(error), handle.compile_s
 
     def withdraw(self, request_id: str) -> None:
         """The request ended while it waited; unknown: nothing."""
@@ -103,8 +102,8 @@ class Constraints:
         for request_id in [i for i, check in self._checks.items() if check.done()]:
             try:
                 yield request_id, self._checks.pop(request_id).result()
-            except EngineError as error:
-                yield request_id, error
+            except Exception as error:
+                yield request_id, as_engine_error(error)
 
     def _verdict(self, request: GenerationRequest, compiled: CompiledGrammar) -> GrammarVerdict:
         assert request.grammar is not None and request.grammar_check is not None
@@ -136,16 +135,18 @@ class Constraints:
         if walk is not None:
             walk.matcher.close()
 
-    def constrains(self, sequence: Sequence) -> bool:
-        return sequence in self._walks
-
-    def hold(self) -> bool:
-        """Mark the sequences whose next mask is still being made elsewhere; True when there is one."""
-        any_held = False
+    def hold(self) -> tuple[bool, list[Sequence]]:
+        """Mark the sequences whose next mask is still being made elsewhere. Returns whether there is one, and the
+        sequences of which it is known only now that their last token completed the text."""
+        any_held, completed = False, []
         for sequence, walk in self._walks.items():
             sequence.is_held = not walk.matcher.ready()
             any_held = any_held or sequence.is_held
-        return any_held
+            if not sequence.is_held and not walk.is_settled:
+                walk.is_settled = True
+                if walk.matcher.is_complete():
+                    completed.append(sequence)
+        return any_held, completed
 
     def accept(self, sequence: Sequence, token_id: int) -> Accepted:
         """Tell the grammar which token was chosen. Unconstrained sequences: nothing to say."""
@@ -157,6 +158,9 @@ class Constraints:
             return Accepted(error=EngineFailure(f"the grammar and its mask disagree: {reason}"))
         if walk.forced:
             walk.forced.pop(0)
+        if not walk.matcher.ready():  # asking would make every sequence of the engine wait for the answer
+            walk.is_settled = False
+            return Accepted()
         if walk.matcher.is_complete():
             return Accepted(is_complete=True)
         if not walk.forced:
@@ -166,10 +170,13 @@ class Constraints:
         forced, walk.forced = tuple(walk.forced), []
         return Accepted(forced=forced)
 
-    def is_satisfied(self, sequence: Sequence) -> bool:
-        """Whether the text so far is one the grammar accepts; True for unconstrained sequences."""
+    def is_satisfied(self, sequence: Sequence) -> bool | None:
+        """Whether the text so far is one the grammar accepts; None where that is not known without waiting, True for
+        unconstrained sequences."""
         walk = self._walks.get(sequence)
-        return walk is None or walk.matcher.is_complete() or walk.matcher.can_stop()
+        if walk is None:
+            return True
+        return walk.matcher.can_stop() if walk.matcher.ready() else None
 
     def accept_forced(self, sequence: Sequence, token_id: int) -> Accepted:
         """Tell the grammar that a forced token was appended without sampling."""
@@ -196,6 +203,14 @@ class Constraints:
         self._compiler.close()
 
 
+def as_engine_error(error: Exception) -> EngineError:
+    """The error itself if it is one of ours; a fault of a library, logged, as an EngineFailure."""
+    if isinstance(error, EngineError):
+        return error
+    logger.error("a request failed: %s", error, exc_info=error)
+    return EngineFailure(f"the request could not be served ({type(error).__name__})")
+
+
 @dataclass(eq=False, slots=True)
 class PendingMasks:
     """Masks being filled while the forward pass runs."""
@@ -217,6 +232,10 @@ class PendingMasks:
         rows = [row for row, origin in enumerate(origins) if origin in place]
         chosen = bits[[place[origins[row]] for row in rows]]
         return GrammarRows(torch.tensor(rows, device=device), torch.from_numpy(chosen).to(device))
+
+    def settle(self) -> None:
+        """Wait until no matcher is in use any more; for a step that failed."""
+        wait([self.future])
 
     def errors(self) -> dict[Sequence, GrammarError]:
         """Sequences whose grammar cannot go on."""

@@ -21,7 +21,7 @@ from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.batch import BatchInputs, build_inputs
 from textgen_engine.block_manager import BlockManager
 from textgen_engine.config import EngineConfig
-from textgen_engine.constraints import Accepted, Constraints
+from textgen_engine.constraints import Accepted, Constraints, as_engine_error
 from textgen_engine.detokenizer import Detokenizer, TextStream
 from textgen_engine.errors import (
     Cancelled,
@@ -96,7 +96,7 @@ class _Launched:
     batch: ScheduledBatch
     sequences: list[Sequence]
     tokens: SampledTokens | None
-    errors: dict[Sequence, GrammarError]
+    errors: dict[Sequence, EngineError]
     scored: list[tuple[ScheduledSequence, PromptLogprobs]]
 
 
@@ -120,7 +120,9 @@ class Engine:
         )
         num_blocks = config.cache.num_blocks
         if num_blocks is None:
-            step_bytes = measure_largest_step(loaded, backend, self._sampler, config.cache, config.scheduler)
+            step_bytes = measure_largest_step(
+                loaded, backend, self._sampler, config.cache, config.scheduler, config.limits.max_top_n_tokens
+            )
             num_blocks = num_cache_blocks(
                 config.cache, loaded, max_useful_tokens=longest * num_slots, step_bytes=step_bytes
             )
@@ -215,7 +217,9 @@ class Engine:
         self._expire(now_s, report)
         self._take_grammars(report)
         self._take_checks(report)
-        self._any_held = self._constraints.hold()
+        self._any_held, completed = self._constraints.hold()
+        for sequence in completed:
+            self._complete(sequence, report)
         batch = self._scheduler.schedule()
         for sequence in batch.preempted:
             self._forget_sampler_state(sequence)
@@ -246,9 +250,15 @@ class Engine:
         """Put the step on the device: forward pass, then sampling. Reads nothing back."""
         inputs = build_inputs(batch, self._runner.cache, self._runner.device)
         masks = self._constraints.start_masks([entry.sequence for entry in inputs.sampled])
-        logits = self._runner.forward(inputs, batch.copies)
+        try:
+            logits = self._runner.forward(inputs, batch.copies)
+        except Exception:
+            if masks is not None:
+                masks.settle()
+            raise
         self._scheduler.advance(batch)
-        rows, sequences = self._rows_to_sample(inputs.sampled)
+        errors: dict[Sequence, EngineError] = {} if masks is None else dict(masks.errors())
+        rows, sequences = self._rows_to_sample(inputs.sampled, errors)
         tokens = None
         if sequences:
             index = torch.tensor(rows, device=logits.device)
@@ -260,12 +270,14 @@ class Engine:
                 [sequence.num_output_tokens for sequence in sequences],
                 None if masks is None else masks.rows([inputs.sampled[row].sequence for row in rows], logits.device),
             )
-        errors = {} if masks is None else masks.errors()
         return _Launched(batch, sequences, tokens, errors, self._score_prompts(inputs, logits))
 
-    def _rows_to_sample(self, entries: list[ScheduledSequence]) -> tuple[list[int], list[Sequence]]:
+    def _rows_to_sample(
+        self, entries: list[ScheduledSequence], errors: dict[Sequence, EngineError]
+    ) -> tuple[list[int], list[Sequence]]:
         """Logits rows and the sequences sampled from them. A prompt with several choices forks here: all of them
-        sample their first token from the same row, and share the prompt's blocks."""
+        sample their first token from the same row, and share the prompt's blocks. A request that cannot fork is
+        noted in errors."""
         rows: list[int] = []
         sequences: list[Sequence] = []
         for row, entry in enumerate(entries):
@@ -274,12 +286,27 @@ class Engine:
             live = self._live[entry.sequence.request.request_id]
             if len(live.choices) < live.num_choices:
                 children = [Sequence(live.request, choice) for choice in range(1, live.num_choices)]
-                for child in children:
-                    self._add_choice(live, child)
+                try:
+                    for child in children:
+                        self._add_choice(live, child)
+                except Exception as error:
+                    for choice in live.choices[1:]:
+                        self._constraints.release(choice.sequence)
+                        del self._choice_of[choice.sequence]
+                    del live.choices[1:]
+                    errors[entry.sequence] = as_engine_error(error)
+                    continue
                 for child in self._scheduler.fork(entry.sequence, children):
                     rows.append(row)
                     sequences.append(child)
         return rows, sequences
+
+    def _complete(self, sequence: Sequence, report: StepReport) -> None:
+        """End a choice whose last token turns out, one step late, to have completed its grammar."""
+        choice, request = self._choice_of[sequence], sequence.request
+        output = TokenOutput(request.request_id, sequence.choice, text=choice.text.finish())
+        output.finish_reason = FinishReason.EOS_TOKEN
+        self._deliver(self._live[request.request_id], choice, output, report)
 
     def _score_prompts(
         self, inputs: BatchInputs, logits: torch.Tensor
@@ -414,9 +441,11 @@ class Engine:
         if live.grammar is None:
             return ()
         warnings = tuple(live.grammar.warnings)
-        if not self._constraints.is_satisfied(sequence):
+        satisfied = self._constraints.is_satisfied(sequence)
+        if not satisfied:
             assert sequence.finish_reason is not None
-            warnings += (f"the text ended ({sequence.finish_reason.value}) before its grammar was complete",)
+            perhaps = "perhaps " if satisfied is None else ""
+            warnings += (f"the text ended ({sequence.finish_reason.value}) {perhaps}before its grammar was complete",)
         return warnings
 
     # ---- arrivals and departures -------------------------------------------------------------------------------
@@ -425,24 +454,30 @@ class Engine:
         with self._wake:
             arrivals, self._arrivals = self._arrivals, deque()
         for request in arrivals:
-            if request.bad_words:
-                request = self._with_bad_word_ids(request)
-            room = self.info.max_total_tokens - len(request.prompt_token_ids)
-            if room < 1:
-                # Whoever submitted it checked, but perhaps with the limits of an engine that had more memory and died.
-                error = PromptTooLong(
-                    f"the prompt has {len(request.prompt_token_ids)} tokens; prompt and new tokens together may have "
-                    f"{self.info.max_total_tokens}"
-                )
-                report.outputs.append(TokenOutput(request.request_id, error=error, is_last=True))
-                continue
-            wanted = request.stopping.max_new_tokens
-            live = _LiveRequest(request, Timings(request.arrival_s), room if wanted is None else min(wanted, room))
+            live = _LiveRequest(request, Timings(request.arrival_s), max_new_tokens=0)
             self._live[request.request_id] = live
-            if request.grammar is not None:
-                self._constraints.submit(request)
-            else:
-                self._scheduler.add(self._add_choice(live, Sequence(request)))
+            try:
+                self._admit(live)
+            except Exception as error:  # whatever a request makes a library do, it is that request's end alone
+                self._fail(request.request_id, as_engine_error(error), report)
+
+    def _admit(self, live: _LiveRequest) -> None:
+        request = live.request
+        room = self.info.max_total_tokens - len(request.prompt_token_ids)
+        if room < 1:
+            # Whoever submitted it checked, but perhaps with the limits of an engine that had more memory and died.
+            raise PromptTooLong(
+                f"the prompt has {len(request.prompt_token_ids)} tokens; prompt and new tokens together may have "
+                f"{self.info.max_total_tokens}"
+            )
+        wanted = request.stopping.max_new_tokens
+        live.max_new_tokens = room if wanted is None else min(wanted, room)
+        if request.bad_words:
+            live.request = self._with_bad_word_ids(request)
+        if request.grammar is not None:
+            self._constraints.submit(request)
+        else:
+            self._scheduler.add(self._add_choice(live, Sequence(live.request)))
 
     def _take_grammars(self, report: StepReport) -> None:
         """Queue the requests whose grammar is compiled; those whose grammar was refused end here."""
@@ -463,8 +498,8 @@ class Engine:
             live.grammar = result
             try:
                 self._scheduler.add(self._add_choice(live, Sequence(live.request)))
-            except EngineError as error:  # every matcher of the backend is in use
-                self._fail(request_id, error, report)
+            except Exception as error:  # every matcher of the backend is in use, or the library failed
+                self._fail(request_id, as_engine_error(error), report)
 
     def _take_checks(self, report: StepReport) -> None:
         """Answer the requests that only asked about their grammar, as far as the answers are known."""
@@ -523,11 +558,11 @@ class Engine:
 
     def _add_choice(self, live: _LiveRequest, sequence: Sequence) -> Sequence:
         request = live.request
-        if live.grammar is not None:
-            self._constraints.attach(sequence, live.grammar)
         text = self._detokenizer.stream(
             prompt_ids=request.prompt_token_ids, stopping=request.stopping, output=request.output
         )
+        if live.grammar is not None:
+            self._constraints.attach(sequence, live.grammar)
         choice = _Choice(sequence, text)
         live.choices.append(choice)
         self._choice_of[sequence] = choice

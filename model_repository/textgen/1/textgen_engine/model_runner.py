@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import psutil
 import torch
 
 from textgen_engine.attention.base import AttentionBackend
 from textgen_engine.batch import BatchInputs
 from textgen_engine.config import CacheConfig
 from textgen_engine.errors import ModelLoadError
+from textgen_engine.host_memory import available_bytes
 from textgen_engine.kv_cache import KVCache
 from textgen_engine.models.loader import LoadedModel
 
@@ -53,8 +53,9 @@ def num_cache_blocks(config: CacheConfig, loaded: LoadedModel, *, max_useful_tok
         free, total = torch.cuda.mem_get_info(loaded.device)
         budget = int(free - total * (1 - config.memory_fraction)) - step_bytes
     else:
-        available = int(psutil.virtual_memory().available * config.memory_fraction)
-        budget = min(available - step_bytes, config.max_cache_bytes)
+        available = int(available_bytes() * config.memory_fraction) - step_bytes
+        # A step of long sequences gathers up to twice the K and V of one layer (attention/sdpa.py pads by less than 2).
+        budget = min(int(available / (1 + 2 / len(loaded.layers))), config.max_cache_bytes)
     num_blocks = min(budget // bytes_per_block, -(-max_useful_tokens // config.block_size))
     if num_blocks < 2:
         raise ModelLoadError(

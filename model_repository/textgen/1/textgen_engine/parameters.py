@@ -80,7 +80,6 @@ class RequestParameters:
     tools: tuple[Mapping[str, Any], ...] | None = None
     tool_choice: str | Mapping[str, Any] | None = None
     tool_prompt: str | None = None
-    guideline: str | None = None
     chat_template: str | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -103,6 +102,11 @@ class Reader(Protocol):
         """What is allowed, as it follows "must be"; without limits, by the names of the limits."""
 
 
+# Every step compares the end of each text with each phrase, so phrases are phrases and not documents.
+_MAX_PHRASE_CHARS = 1000
+_MAX_PHRASE_IDS = 64
+_MAX_TEXT_CHARS = 65536
+
 Bound = int | float | str | None  # a str names a field of ParameterLimits
 
 
@@ -114,6 +118,16 @@ def _show(bound: Bound, limits: ParameterLimits | None) -> str:
     if not isinstance(bound, str):
         return {_INT32_MAX: "2**31 - 1", _UINT32_MAX: "2**32 - 1", _UINT64_MAX: "2**64 - 1"}.get(bound, str(bound))  # type: ignore[arg-type]
     return f"`{bound}`" if limits is None else f"{getattr(limits, bound)} ({bound})"
+
+
+def _check_unicode(name: str, text: str) -> None:
+    """JSON can spell half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidParameter(
+            f"`{name}` must be Unicode text; a lone surrogate is at position {error.start}"
+        ) from None
 
 
 def _is_integer(value: Any) -> bool:
@@ -212,12 +226,13 @@ class Text:
     """A string; not the empty one."""
 
     def read(self, name: str, value: Any, context: _Context) -> str:
-        if not isinstance(value, str) or not value:
+        if not isinstance(value, str) or not value or len(value) > _MAX_TEXT_CHARS:
             raise InvalidParameter.for_value(name, value, self.describe(context.limits))
+        _check_unicode(name, value)
         return value
 
     def describe(self, limits: ParameterLimits | None) -> str:
-        return "a string, not empty"
+        return f"a string of 1 to {_MAX_TEXT_CHARS} characters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,12 +245,14 @@ class Texts:
         texts = [value] if isinstance(value, str) else value
         _check_list(name, texts, self.most, self.describe(context.limits), context)
         for text in texts:
-            if not isinstance(text, str) or not text:
+            if not isinstance(text, str) or not 0 < len(text) <= _MAX_PHRASE_CHARS:
                 raise InvalidParameter.for_value(name, value, self.describe(context.limits))
+            _check_unicode(name, text)
         return tuple(dict.fromkeys(texts))
 
     def describe(self, limits: ParameterLimits | None) -> str:
-        return f"a string or a list of at most {_show(self.most, limits)} strings, none empty"
+        most = _show(self.most, limits)
+        return f"a string or a list of at most {most} strings, each of 1 to {_MAX_PHRASE_CHARS} characters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,13 +283,13 @@ class TokenIdSequences:
     def read(self, name: str, value: Any, context: _Context) -> tuple[tuple[int, ...], ...]:
         _check_list(name, value, self.most, self.describe(context.limits), context)
         for ids in value:
-            if not isinstance(ids, list | tuple) or not ids:
+            if not isinstance(ids, list | tuple) or not 0 < len(ids) <= _MAX_PHRASE_IDS:
                 raise InvalidParameter.for_value(name, value, self.describe(context.limits))
         sequences = (tuple(_token_id(name, token_id, context) for token_id in ids) for ids in value)
         return tuple(dict.fromkeys(sequences))
 
     def describe(self, limits: ParameterLimits | None) -> str:
-        return f"a list of at most {_show(self.most, limits)} lists of token ids, none empty"
+        return f"a list of at most {_show(self.most, limits)} lists of 1 to {_MAX_PHRASE_IDS} token ids"
 
 
 @dataclass(frozen=True, slots=True)
@@ -700,7 +717,6 @@ PARAMETERS: tuple[ParameterGroup, ...] = (
                 "true if the last message is the assistant's",
                 "Continue the last message instead of answering it.",
             ),
-            Parameter("guideline", Text(), "none", "Text for chat templates that take a `guideline`."),
             Parameter("documents", Objects(), "none", "Documents for chat templates that take them."),
             Parameter("chat_template_kwargs", Object(), "none", "Further variables of the chat template."),
         ),
@@ -725,7 +741,7 @@ PARAMETERS: tuple[ParameterGroup, ...] = (
                 "adapter_id",
                 Text(),
                 "none",
-                "LoRA adapter to apply. An unknown one is refused.",
+                "LoRA adapter to apply. This version has none, so every name is refused.",
                 aliases=("lora_name",),
             ),
         ),
@@ -804,7 +820,6 @@ def parse_parameters(
         tools=values.get("tools"),
         tool_choice=values.get("tool_choice"),
         tool_prompt=values.get("tool_prompt"),
-        guideline=values.get("guideline"),
         chat_template=values.get("chat_template"),
         add_generation_prompt=values.get("add_generation_prompt"),
         continue_final_message=values.get("continue_final_message"),
@@ -833,7 +848,9 @@ def _read_all(given: Mapping[str, Any], context: _Context) -> dict[str, Any]:
 
 
 def _unknown(name: object) -> str:
-    shown = str(name) if len(str(name)) <= 100 else f"{str(name)[:97]}..."
+    # A lone surrogate could not be sent back: what is no text is shown as its escape.
+    shown = str(name).encode("utf-8", "backslashreplace").decode()
+    shown = shown if len(shown) <= 100 else f"{shown[:97]}..."
     nearest = difflib.get_close_matches(shown.lower(), _BY_NAME, n=1)
     return f"unknown parameter `{shown}`" + (f"; did you mean `{nearest[0]}`?" if nearest else "")
 

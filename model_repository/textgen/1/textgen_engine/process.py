@@ -204,10 +204,7 @@ class EngineClient:
                     del self._pending[output.request_id]
                 outputs.append(output)
             report.outputs = outputs
-        try:
-            self._on_report(report)
-        except Exception:  # the caller's fault; without this thread no request would ever be answered again
-            logger.exception("a report was not taken in")
+        self._hand_over(report)
 
     def _restart(self) -> bool:
         """A new engine for the kept requests; False when it is given up."""
@@ -313,7 +310,14 @@ class EngineClient:
 
     def _report_errors(self, request_ids: list[str], error: EngineError) -> None:
         if request_ids:
-            self._on_report(StepReport(outputs=[TokenOutput(i, error=error, is_last=True) for i in request_ids]))
+            outputs = [TokenOutput(request_id, error=error, is_last=True) for request_id in request_ids]
+            self._hand_over(StepReport(outputs=outputs))
+
+    def _hand_over(self, report: StepReport) -> None:
+        try:
+            self._on_report(report)
+        except Exception:  # the caller's fault; without this thread no request would ever be answered again
+            logger.exception("a report was not taken in")
 
 
 @dataclass(frozen=True, slots=True)

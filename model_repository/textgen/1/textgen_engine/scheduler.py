@@ -26,9 +26,9 @@ from textgen_engine.sequence import Sequence, SequenceStatus
 _MIN_SHARED_CHUNK = 64
 # How many waiting sequences that do not fit are passed over in one step, to bound the step's search.
 _MAX_PASSED_OVER = 16
-# Prompts whose log-probabilities are wanted need one row of logits per token: their chunks stay small, so that the
-# logits of a step are bounded (128 rows of 128k entries are 64 MiB).
-_MAX_SCORED_CHUNK = 128
+# Prompts whose log-probabilities are wanted need one row of logits per token: so many of them fit into one step, so
+# that its logits are bounded (128 rows of 128k entries are 64 MiB).
+MAX_SCORED_TOKENS = 128
 
 
 @dataclass(slots=True)
@@ -52,6 +52,11 @@ class ScheduledBatch:
     @property
     def num_tokens(self) -> int:
         return sum(entry.num_tokens for entry in self.entries)
+
+    @property
+    def num_scored_tokens(self) -> int:
+        """Tokens whose logits are wanted because the log-probabilities of their prompt are."""
+        return sum(e.num_tokens for e in self.entries if e.sequence.request.output.prompt_logprobs)
 
 
 class Scheduler:
@@ -142,7 +147,9 @@ class Scheduler:
             if sequence.status is not SequenceStatus.RUNNING or budget <= 0:
                 continue
             others = index + 1 < len(prefills) or self._can_admit_another()
-            chunk = _chunk(sequence, sequence.num_uncomputed, budget, others)
+            chunk = _chunk(sequence, sequence.num_uncomputed, budget, others, batch)
+            if chunk <= 0:
+                continue
             if self._reserve_by_force(sequence, chunk, batch):
                 self._append(batch, sequence, chunk)
                 budget -= chunk
@@ -164,7 +171,9 @@ class Scheduler:
             found = [] if sequence.request.output.prompt_logprobs else self._blocks.find_prefix(sequence)
             num_found = len(found) * self._blocks.block_size
             others = len(self.waiting) > 1 and len(self._free_slots) > 1
-            chunk = _chunk(sequence, len(sequence.token_ids) - num_found, budget, others)
+            chunk = _chunk(sequence, len(sequence.token_ids) - num_found, budget, others, batch)
+            if chunk <= 0:
+                continue
             # Found blocks that nobody uses count as available now but not once they are taken.
             new_blocks = self._blocks.blocks_for(num_found + chunk) - len(found)
             reused = sum(1 for block in found if self._blocks.is_idle(block))
@@ -244,11 +253,11 @@ class Scheduler:
         )
 
 
-def _chunk(sequence: Sequence, num_tokens: int, budget: int, others: bool) -> int:
+def _chunk(sequence: Sequence, num_tokens: int, budget: int, others: bool, batch: ScheduledBatch) -> int:
     """Tokens of a prompt for this step. Beside other prompts it gets half of what is left, so that a short prompt
-    behind a long one starts now and not when the long one is through."""
+    behind a long one starts now and not when the long one is through. 0 when the step can score no more tokens."""
     if others and num_tokens > budget // 2:
         budget = min(budget, max(budget // 2, _MIN_SHARED_CHUNK))
     if sequence.request.output.prompt_logprobs:
-        budget = min(budget, _MAX_SCORED_CHUNK)
+        budget = min(budget, MAX_SCORED_TOKENS - batch.num_scored_tokens)
     return min(num_tokens, budget)

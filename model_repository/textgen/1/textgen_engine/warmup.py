@@ -7,6 +7,7 @@ them also warms up kernels and allocators.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +22,10 @@ from textgen_engine.errors import ModelLoadError
 from textgen_engine.kv_cache import KVCache
 from textgen_engine.model_runner import ModelRunner
 from textgen_engine.models.loader import LoadedModel
-from textgen_engine.request import GenerationRequest
+from textgen_engine.request import GenerationRequest, OutputParams
 from textgen_engine.sampling.params import SamplingParams
-from textgen_engine.sampling.sampler import Sampler
-from textgen_engine.scheduler import ScheduledBatch, ScheduledSequence
+from textgen_engine.sampling.sampler import GrammarRows, Sampler, prompt_logprobs
+from textgen_engine.scheduler import MAX_SCORED_TOKENS, ScheduledBatch, ScheduledSequence
 from textgen_engine.sequence import Sequence
 
 # Every option on, so that the sampler allocates all it may ever need.
@@ -39,6 +40,7 @@ _ALL_OPTIONS = SamplingParams(
     frequency_penalty=0.1,
     presence_penalty=0.1,
     logit_bias=((0, 1.0),),
+    allowed_token_ids=(0, 1, 2),
     watermark=True,
 )
 
@@ -49,8 +51,10 @@ def measure_largest_step(
     sampler: Sampler,
     cache_config: CacheConfig,
     scheduler_config: SchedulerConfig,
+    max_top_n_tokens: int,
 ) -> int:
-    """Bytes that the largest prompt step and the largest decode step take at their peak, beyond what is held now.
+    """Bytes that the largest prompt step, the largest scored step and the largest decode step take at their peak,
+    beyond what is held now. (What long sequences add to a decode step is counted by model_runner.num_cache_blocks.)
 
     Leaves the sampler without sequences. Raises ModelLoadError when the memory does not even suffice for them.
     """
@@ -67,9 +71,11 @@ def measure_largest_step(
     runner = ModelRunner(loaded, backend, cache)
 
     def largest_steps() -> None:
-        prompt = _sequence(num_tokens, list(range(-(-num_tokens // block_size))))
-        _run_step(runner, sampler, [prompt])
-        _run_step(runner, sampler, [_sequence(1, [block]) for block in range(num_slots)])
+        blocks = list(range(-(-num_tokens // block_size)))
+        _run_step(runner, sampler, [_sequence(num_tokens, blocks)], max_top_n_tokens)
+        num_scored = min(MAX_SCORED_TOKENS, num_tokens)
+        _run_step(runner, sampler, [_sequence(num_scored, blocks, scored=True)], max_top_n_tokens)
+        _run_step(runner, sampler, [_sequence(1, [block]) for block in range(num_slots)], max_top_n_tokens)
 
     try:
         return _peak_bytes(largest_steps, loaded.device)
@@ -80,14 +86,23 @@ def measure_largest_step(
         ) from error
 
 
-def _sequence(num_tokens: int, blocks: list[int]) -> Sequence:
-    request = GenerationRequest("warm-up", prompt_token_ids=(0,) * num_tokens, sampling=_ALL_OPTIONS)
+def _sequence(num_tokens: int, blocks: list[int], *, scored: bool = False) -> Sequence:
+    request = GenerationRequest(
+        "warm-up",
+        prompt_token_ids=(0,) * num_tokens,
+        sampling=_ALL_OPTIONS,
+        output=OutputParams(prompt_logprobs=scored),
+    )
     return Sequence(request, block_table=blocks)
 
 
-def _run_step(runner: ModelRunner, sampler: Sampler, sequences: list[Sequence]) -> None:
+def _run_step(runner: ModelRunner, sampler: Sampler, sequences: list[Sequence], top_n: int) -> None:
     batch = ScheduledBatch([ScheduledSequence(s, 0, len(s.token_ids), is_last=True) for s in sequences])
-    logits = runner.forward(build_inputs(batch, runner.cache, runner.device), ())
+    inputs = build_inputs(batch, runner.cache, runner.device)
+    logits = runner.forward(inputs, ())
+    if inputs.prompt_scored:
+        scored = logits[len(sequences) :]
+        prompt_logprobs(scored, torch.zeros(len(scored), dtype=torch.int64, device=scored.device), top_n)
     slots = list(range(len(sequences)))
     for slot, sequence in zip(slots, sequences, strict=True):
         sampler.add(
@@ -97,9 +112,11 @@ def _run_step(runner: ModelRunner, sampler: Sampler, sequences: list[Sequence]) 
             prompt_ids=sequence.token_ids,
             output_ids=[],
             want_logprobs=True,
-            top_n_tokens=1,
+            top_n_tokens=top_n,
         )
-    sampler.sample(logits, slots, [0] * len(slots)).token_ids.tolist()
+    all_allowed = torch.full((len(slots), -(-logits.shape[1] // 32)), -1, dtype=torch.int32, device=logits.device)
+    grammar_rows = GrammarRows(torch.tensor(slots, device=logits.device), all_allowed)
+    sampler.sample(logits[: len(slots)], slots, [0] * len(slots), grammar_rows).token_ids.tolist()
     for slot in slots:
         sampler.remove(slot)
 
@@ -111,9 +128,10 @@ def _peak_bytes(work: Callable[[], None], device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_reserved(device) - before
-    # Linux: writing 5 resets the process's peak resident size, so that it is the peak of the work alone.
     before = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5")
+    with contextlib.suppress(OSError):  # some containers forbid it: then an earlier peak may hide part of this one
+        # Linux: writing 5 resets the process's peak resident size, so that it is the peak of the work alone.
+        Path("/proc/self/clear_refs").write_text("5")
     work()
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert peak is not None

@@ -93,11 +93,12 @@ class GrammarLimits:
 
 def grammar_limits(config: GrammarConfig) -> GrammarLimits:
     """The limits that the server's options set; the others keep their defaults."""
-    defaults = GrammarLimits()
     return GrammarLimits(
         max_schema_bytes=config.max_bytes,
-        max_regex_bytes=min(config.max_bytes, defaults.max_regex_bytes),
-        max_grammar_bytes=min(config.max_bytes, defaults.max_grammar_bytes),
+        max_regex_bytes=config.max_regex_bytes,
+        max_grammar_bytes=config.max_regex_bytes,
+        step_timeout_s=config.step_timeout_s,
+        max_worker_matchers=config.max_lmfe_requests,
         max_nesting=config.max_nesting,
         compile_timeout_s=config.compile_timeout_s,
         cache_bytes=config.cache_bytes,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -19,6 +18,7 @@ from textgen_engine.attention import bridge
 from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata
 from textgen_engine.config import ModelConfig
 from textgen_engine.errors import ModelLoadError
+from textgen_engine.host_memory import available_bytes
 from textgen_engine.kv_cache import LayerShape
 from textgen_engine.models.cpu_linear import replace_linears
 
@@ -155,7 +155,7 @@ def _check_memory(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=trust_remote_code)
     needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     if needed > free:
         raise ModelLoadError(
             f"not enough memory: the model of {folder} needs {needed / 2**30:.1f} GiB as {dtype}, "
