@@ -1,8 +1,9 @@
 """`TextTracker`: which bytes may follow, as far as UTF-8 and JSON's own lexical rules say, whatever a backend allows.
 
-Some libraries let raw control characters into JSON strings, halves of characters where whole ones belong, and exponents
-into numbers where they do not (`1.e5`, or `1e-5` for an integer). A tracker follows the bytes of the tokens taken and
-gives the rows of tokens that keep the text well formed. It only ever takes tokens away.
+Some libraries let raw control characters into JSON strings, halves of characters where whole ones belong, commas before
+closing brackets, and exponents into numbers where they do not belong (`1.e5`, or `1e-5` for an integer). A tracker
+follows the bytes of the tokens taken and gives the rows of tokens that keep the text well formed. It only ever takes
+tokens away.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class _Lexical(Enum):
     STRING = 2
     ESCAPE = 3
     NUMBER = 4  # outside, behind a digit or decimal point
+    COMMA = 5  # outside, behind a comma and perhaps blanks
 
 
 _Position = tuple[_Lexical, bytes]  # and the bytes of an unfinished character
@@ -33,10 +35,10 @@ class TextTables:
     """Rows per position, made when first asked for. Shared by the trackers of one vocabulary (one thread at a time,
     or many: a row made twice is the same row)."""
 
-    def __init__(self, vocabulary: Vocabulary, *, exponents: bool = True) -> None:
-        """exponents: JSON numbers may have them."""
+    def __init__(self, vocabulary: Vocabulary, *, is_strict: bool = False) -> None:
+        """is_strict: also forbid commas before closing brackets, and exponents everywhere."""
         self.vocabulary = vocabulary
-        self.exponents = exponents
+        self.is_strict = is_strict
         self._rows: dict[_Position, MaskRow] = {}
         self._suspect = []
         self._broken = []
@@ -44,7 +46,7 @@ class TextTables:
         for token_id, piece in enumerate(vocabulary.token_bytes):
             if not piece:
                 continue
-            if min(piece) < 0x20 or (not exponents and (b"e" in piece or b"E" in piece)):
+            if min(piece) < 0x20 or (is_strict and any(byte in b"eE]}" for byte in piece)):
                 self._suspect.append(token_id)
             if 0x80 <= piece[0] < 0xC0:
                 self._continuing.append(token_id)
@@ -72,7 +74,7 @@ class TextTables:
             for token_id in self._suspect:
                 if bits[token_id]:
                     bits[token_id] = (
-                        advance_json(lexical, pieces[token_id] or b"", exponents=self.exponents) is not None
+                        advance_json(lexical, pieces[token_id] or b"", is_strict=self.is_strict) is not None
                     )
         return pack_bits(bits)
 
@@ -97,24 +99,25 @@ class TextTracker:
         lexical, unfinished = self._positions[-1]
         piece = self._tables.vocabulary.token_bytes[token_id] or b""
         if lexical is not _Lexical.PLAIN:
-            lexical = advance_json(lexical, piece, exponents=self._tables.exponents) or lexical
+            lexical = advance_json(lexical, piece, is_strict=self._tables.is_strict) or lexical
         self._positions.append((lexical, _rest_of_character(unfinished + piece) or b""))
 
     def rollback(self, num_tokens: int) -> None:
         del self._positions[len(self._positions) - num_tokens :]
 
 
-def advance_json(lexical: _Lexical, piece: bytes, *, exponents: bool) -> _Lexical | None:
-    """The state behind `piece`; None where it has what JSON (or JSON without exponents) does not allow there."""
+def advance_json(lexical: _Lexical, piece: bytes, *, is_strict: bool) -> _Lexical | None:
+    """The state behind `piece`; None where it has what JSON (or the stricter JSON) does not allow there."""
     for byte in piece:
-        if lexical in (_Lexical.OUTSIDE, _Lexical.NUMBER):
-            if byte < 0x20 and byte not in b"\t\n\r":
+        if lexical in (_Lexical.OUTSIDE, _Lexical.NUMBER, _Lexical.COMMA):
+            if byte in b" \t\n\r":
+                lexical = _Lexical.COMMA if lexical is _Lexical.COMMA else _Lexical.OUTSIDE
+                continue
+            if byte < 0x20:
                 return None
-            if byte in b"eE" and lexical is _Lexical.NUMBER and not exponents:
+            if is_strict and (lexical, byte) in _FORBIDDEN:
                 return None
-            lexical = _Lexical.NUMBER if byte in b"0123456789." else _Lexical.OUTSIDE
-            if byte == 0x22:
-                lexical = _Lexical.STRING
+            lexical = _BEHIND.get(byte, _Lexical.OUTSIDE)
         elif byte < 0x20:
             return None
         elif lexical is _Lexical.ESCAPE:
@@ -124,6 +127,12 @@ def advance_json(lexical: _Lexical, piece: bytes, *, exponents: bool) -> _Lexica
         elif byte == 0x22:
             lexical = _Lexical.OUTSIDE
     return lexical
+
+
+_BEHIND = {0x22: _Lexical.STRING, 0x2C: _Lexical.COMMA, **dict.fromkeys(b"0123456789.", _Lexical.NUMBER)}
+_FORBIDDEN = frozenset(
+    [(_Lexical.NUMBER, 0x65), (_Lexical.NUMBER, 0x45), (_Lexical.COMMA, 0x5D), (_Lexical.COMMA, 0x7D)]  # e E ] }
+)
 
 
 def _rest_of_character(text: bytes) -> bytes | None:

@@ -104,7 +104,7 @@ class _Tables:
         self.vocabulary = vocabulary
         self.limits = limits
         self.library_data = library_data
-        self.text = TextTables(vocabulary, exponents=False)
+        self.text = TextTables(vocabulary, is_strict=True)
         blank = np.zeros(vocabulary.num_words * 32, dtype=np.uint8)
         for token_id, piece in enumerate(vocabulary.token_bytes):
             if piece and token_id not in vocabulary.special_token_ids:
