@@ -6,6 +6,7 @@ An `AsyncClient` belongs to the event loop in which it is first used.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -60,8 +61,8 @@ class AsyncStream(AsyncIterator[Chunk]):
                 self._call.cancel()
                 raise
             except BaseException:
+                await self.aclose()
                 self._ended = True
-                self._call.cancel()
                 raise
             else:
                 if chunk is not None:
@@ -70,8 +71,13 @@ class AsyncStream(AsyncIterator[Chunk]):
 
     async def aclose(self) -> None:
         """Cancel the request unless it has ended. Iterating then raises RequestCancelled, in a waiting task too."""
-        if not self._ended:
-            self._closed = True
+        if self._ended:
+            return
+        self._closed = True
+        if self._reader.is_final:
+            self._ended = True
+            await _read_to_end(self._call)
+        else:
             self._call.cancel()
 
     async def __aenter__(self) -> AsyncStream:
@@ -84,8 +90,19 @@ class AsyncStream(AsyncIterator[Chunk]):
 
     def __del__(self) -> None:
         # The garbage collector may run in any thread; the call belongs to the loop's.
-        if not getattr(self, "_ended", True) and not self._loop.is_closed():
+        if getattr(self, "_ended", True) or self._loop.is_closed():
+            return
+        if self._reader.is_final:
+            asyncio.run_coroutine_threadsafe(_read_to_end(self._call), self._loop)
+        else:
             self._loop.call_soon_threadsafe(self._call.cancel)
+
+
+async def _read_to_end(call: Any) -> None:
+    """Wait for the server to end the stream, which it does at once after its final response."""
+    with contextlib.suppress(grpc.RpcError):
+        while await call.read() is not grpc.aio.EOF:
+            pass
 
 
 def _task_is_cancelled() -> bool:

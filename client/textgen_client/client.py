@@ -7,6 +7,7 @@ belongs to one thread, except for `close()`, which any thread (or a signal handl
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import time
 import weakref
@@ -66,9 +67,20 @@ class Stream(Iterator[Chunk]):
 
     def close(self) -> None:
         """Cancel the request unless it has ended. Iterating then raises RequestCancelled, in a waiting thread too."""
-        if not self._ended:
-            self._closed = True
+        if self._ended:
+            return
+        self._closed = True
+        if self._reader.is_final:
+            self._read_to_end()
+        else:
             self._call.cancel()
+
+    def _read_to_end(self) -> None:
+        """Wait for the server to end the stream, which it does at once after its final response."""
+        self._ended = True
+        with contextlib.suppress(grpc.RpcError), InterruptCancels(self._call):
+            for _ in self._call:
+                pass
 
     def __enter__(self) -> Stream:
         return self

@@ -137,7 +137,11 @@ def grammar_check(answer: Generation) -> GrammarCheck:
 
 
 class ResponseReader:
-    """Reads the responses of one request's stream, in order, and knows whether its final one has come."""
+    """Reads the responses of one request's stream, in order, and knows whether its final one has come.
+
+    After the final one a call must be read to its end and not be cancelled: in Triton 2.51 a cancellation that meets
+    the end of a stream leaves the request behind for ever, and with it a server that cannot be stopped in good order.
+    """
 
     def __init__(self, request_id: str) -> None:
         self._request_id = request_id
@@ -149,6 +153,7 @@ class ResponseReader:
         Raises the error it carries, which ends the request, and GenerationError for a response that makes no sense.
         """
         if response.error_message:
+            self.is_final = True
             raise error_from_text(response.error_message, self._request_id)
         infer_response = response.infer_response
         self.is_final = self.is_final or infer_response.parameters["triton_final_response"].bool_param

@@ -90,6 +90,17 @@ def endless(request: Any, call: Call) -> Iterator[Any]:
     call.left.wait(30)
 
 
+def last_word(**tensors: Any) -> tuple[Script, list[bool]]:
+    """A script whose one response is final, and what becomes of its streams: did the client leave before the end?"""
+    left: list[bool] = []
+
+    def script(request: Any, call: Call) -> Iterator[Any]:
+        yield response(final=True, **tensors)
+        left.append(call.left.wait(0.3))
+
+    return script, left
+
+
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     """Answers every stream as `script` says; ready and live as told."""
 

@@ -18,7 +18,7 @@ from textgen_client import (
     ValidationError,
 )
 
-from .fake_triton import Call, FakeTriton, endless, flag_of, response
+from .fake_triton import Call, FakeTriton, endless, flag_of, last_word, response
 
 
 async def _left(triton: FakeTriton) -> bool:
@@ -32,6 +32,25 @@ def test_stream_equals_generate(triton: FakeTriton) -> None:
             assert "".join([chunk.text async for chunk in client.stream("a é 🦙")]) == whole.text == "a é 🦙"
             many = await asyncio.gather(*(client.generate(f"prompt {n}") for n in range(50)))
             assert [answer.text for answer in many] == [f"prompt {n}" for n in range(50)]
+
+    asyncio.run(main())
+
+
+def test_after_the_last_response_nothing_is_cancelled(triton: FakeTriton) -> None:
+    triton.script, left = last_word(text_output="all")
+
+    async def main() -> None:
+        async with AsyncClient(triton.url) as client:
+            async for _ in client.stream("collected"):
+                break
+            async with client.stream("with") as stream:
+                await anext(stream)
+            triton.script, left_after_error = last_word(error="Input validation error: no")
+            with pytest.raises(ValidationError):
+                await client.generate("refused")
+            while len(left) + len(left_after_error) < 3:
+                await asyncio.sleep(0.01)
+            assert left + left_after_error == [False] * 3
 
     asyncio.run(main())
 

@@ -25,7 +25,7 @@ from textgen_client import (
     ValidationError,
 )
 
-from .fake_triton import Call, FakeTriton, endless, flag_of, parameters_of, response
+from .fake_triton import Call, FakeTriton, endless, flag_of, last_word, parameters_of, response
 
 
 @pytest.fixture
@@ -66,6 +66,20 @@ def test_break_cancels(triton: FakeTriton, client: Client) -> None:
         assert chunk.text == "word "
         break
     assert _left(triton)
+
+
+def test_after_the_last_response_nothing_is_cancelled(triton: FakeTriton, client: Client) -> None:
+    """Whoever leaves there waits for the stream's end: a cancellation would meet it (see wire.ResponseReader)."""
+    triton.script, left = last_word(text_output="all")
+    for _ in client.stream("hi"):
+        break
+    with client.stream("hi") as stream:
+        next(stream)
+    assert list(stream) == []
+    triton.script, left_after_error = last_word(error="Input validation error: no")
+    with pytest.raises(ValidationError):
+        client.generate("hi")
+    assert left + left_after_error == [False] * 3
 
 
 def test_exception_in_the_loop_cancels(triton: FakeTriton, client: Client) -> None:
