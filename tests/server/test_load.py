@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -47,10 +48,16 @@ def test_500_short_requests_in_a_row_leave_memory_flat(server: RunningServer, wi
         return {role: process.memory_info().rss for role, process in processes.items()}
 
     def ask(num: int) -> None:
-        for index in range(num):
-            request: dict[str, Any] = {"text_input": "Hi", "stream": index % 2 == 0}
-            sampling = {"max_new_tokens": 1, "details": index % 4 == 0}
-            assert wire.ask(**request, sampling_parameters=sampling).errors == []
+        """So many requests in a row, in four rows."""
+
+        def row(first: int) -> None:
+            for index in range(first, num, 4):
+                request: dict[str, Any] = {"text_input": "Hi", "stream": index % 3 == 0}
+                sampling = {"max_new_tokens": 1, "details": index % 5 == 0}
+                assert wire.ask(**request, sampling_parameters=sampling).errors == []
+
+        with ThreadPoolExecutor(4) as rows:
+            list(rows.map(row, range(4)))
 
     ask(100)  # fills caches and allocators
     before = resident()

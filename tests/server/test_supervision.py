@@ -77,7 +77,8 @@ def test_a_killed_engine_costs_what_had_started_and_nothing_else(
     assert fragile.error_of(**SAMPLED, parameters={"timeout": 300_000}).startswith("Request timeout: ")
     leaving = fragile.ask_soon(**SAMPLED, request_id="leaving")
     wait_until(lambda: fragile.ask(request_id="leaving", cancel=True).errors == [], "found by its id")
-    assert leaving.result().errors == ["Request cancelled: ended before it was complete"]
+    [error] = leaving.result().errors
+    assert error.startswith("Request cancelled: ")
 
     outcomes = [waiting.result() for waiting in [*queued, newcomer]]
     assert [outcome.errors for outcome in outcomes] == [[]] * 5
