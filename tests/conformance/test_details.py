@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
-
-from textgen_client import Client, ValidationError
-
-from .asking import ALPHABET, ids_of
+from .asking import ALPHABET, assert_refused, ids_of
 
 if TYPE_CHECKING:
-    from textgen_client import Generation
+    from textgen_client import Client, Generation
 
 PROSE = "When the rain had stopped, the two brothers went down to the river to look at the boats."
 
@@ -45,8 +41,7 @@ def test_case_20_decoder_input_details(client: Client) -> None:
     # Not asked for: an empty list, and `details` alone does not compute it.
     only = client.generate(PROSE, max_new_tokens=2, details=True)
     assert only.details is not None and only.details["prefill"] == []
-    with pytest.raises(ValidationError, match=r"`decoder_input_details` .* stream"):
-        list(client.stream(PROSE, decoder_input_details=True))
+    assert_refused(client, "`decoder_input_details`", "stream", stream=True, decoder_input_details=True)
 
 
 def test_case_21_top_n_tokens(client: Client, solo: Generation) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .asking import ALPHABET, EVEN_NUMBERS, ids_of, long_requests, post, together, tokens_of
+from .asking import ALPHABET, EVEN_NUMBERS, ids_of, long_requests, together, tokens_of
 
 if TYPE_CHECKING:
     from textgen_client import Client, Generation
@@ -96,16 +96,21 @@ def test_case_07_return_full_text(client: Client, solo: Generation) -> None:
     assert "".join(chunk.text for chunk in chunks) == ALPHABET + solo.text
 
 
+def open_url(server: RunningServer, route: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(f"{server.http_url}/v2/models/textgen/{route}", json.dumps(body).encode())
+    return urllib.request.urlopen(request, timeout=120)
+
+
 def test_case_08_generate_and_its_stream_over_http(server: RunningServer) -> None:
     """One object, or server-sent events with `stream`.
 
     Difference: TGI's POST / answers with an array of one object; the routes here are Triton's.
     """
-    status, whole = post(server, EVEN_NUMBERS, max_new_tokens=7)
-    assert (status, whole["text_output"]) == (200, " 10, 12")
-    body = {"text_input": EVEN_NUMBERS, "stream": True, "max_new_tokens": 7}
-    url = f"{server.http_url}/v2/models/textgen/generate_stream"
-    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=120) as response:
+    body: dict[str, Any] = {"text_input": EVEN_NUMBERS, "max_new_tokens": 7}
+    with open_url(server, "generate", body) as response:
+        whole = json.loads(response.read())
+    assert whole["text_output"] == " 10, 12"
+    with open_url(server, "generate_stream", {**body, "stream": True}) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         lines = [line.decode() for line in response if line.strip()]
     assert all(line.startswith("data:") for line in lines)
