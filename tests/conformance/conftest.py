@@ -17,7 +17,7 @@ from textgen_client import Client, Generation
 
 from ..engine.tiny import make_tokenizer, save_checkpoint
 from ..running_server import SERVER_ENVIRONMENT, RunningServer
-from .asking import ALPHABET
+from .asking import ALPHABET, together
 
 TINY_ENVIRONMENT = {
     "MAX_TOTAL_TOKENS": "6144",
@@ -56,26 +56,30 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """The tiny model with room for long texts."""
+def _tiny_servers(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[RunningServer, RunningServer]]:
+    """Both servers with the tiny model; started side by side, for each spends most of its start importing."""
     environment = SERVER_ENVIRONMENT | TINY_ENVIRONMENT | {"MODEL_ID": str(tiny_model)}
-    running = RunningServer(tmp_path_factory.mktemp("tiny_server"), environment)
+    alone = {"PREFIX_CACHING": "false", "MAX_BATCH_SIZE": "1"}
+    tiny = RunningServer(tmp_path_factory.mktemp("tiny_server"), environment)
+    plain = RunningServer(tmp_path_factory.mktemp("plain_server"), environment | alone)
     try:
-        yield running.wait_until_ready()
+        yield tiny.wait_until_ready(), plain.wait_until_ready()
     finally:
-        running.close()
+        together(tiny.close, plain.close)
 
 
 @pytest.fixture(scope="session")
-def plain_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def tiny_server(_tiny_servers: tuple[RunningServer, RunningServer]) -> RunningServer:
+    """The tiny model with room for long texts."""
+    return _tiny_servers[0]
+
+
+@pytest.fixture(scope="session")
+def plain_server(_tiny_servers: tuple[RunningServer, RunningServer]) -> RunningServer:
     """The tiny model without prefix cache and one request at a time: what nothing else can influence."""
-    environment = SERVER_ENVIRONMENT | TINY_ENVIRONMENT | {"MODEL_ID": str(tiny_model)}
-    environment |= {"PREFIX_CACHING": "false", "MAX_BATCH_SIZE": "1"}
-    running = RunningServer(tmp_path_factory.mktemp("plain_server"), environment)
-    try:
-        yield running.wait_until_ready()
-    finally:
-        running.close()
+    return _tiny_servers[1]
 
 
 @pytest.fixture(scope="session")

@@ -36,17 +36,17 @@ def test_case_02_same_request_twice(client: Client, solo: Generation) -> None:
 def test_case_03_identical_requests_at_once(client: Client, solo: Generation) -> None:
     """4, then 32 identical greedy requests at once: all equal #2."""
     for count in (4, 32):
-        answers = together(*[lambda: client.generate(ALPHABET, max_new_tokens=12, details=True)] * count)
-        assert [ids_of(answer) for answer in answers] == [ids_of(solo)[:12]] * count
-        assert {answer.text for answer in answers} == {" E, F, G, H, I, J,"}
+        answers = together(*[lambda: client.generate(ALPHABET, max_new_tokens=8, details=True)] * count)
+        assert [ids_of(answer) for answer in answers] == [ids_of(solo)[:8]] * count
+        assert {answer.text for answer in answers} == {" E, F, G, H,"}
 
 
 def test_case_04_greedy_beside_sixteen_long_ones(server: RunningServer, client: Client, solo: Generation) -> None:
     """The same ids alone and while 16 different long requests run."""
     with long_requests(client, 16):
-        beside = client.generate(ALPHABET, max_new_tokens=24, details=True)
+        beside = client.generate(ALPHABET, max_new_tokens=16, details=True)
         assert server.metric("tgi_batch_current_size") >= 16
-    assert ids_of(beside) == ids_of(solo)
+    assert ids_of(beside) == ids_of(solo)[:16]
 
 
 def test_case_05_stream_equals_whole(client: Client, solo: Generation) -> None:
@@ -87,13 +87,13 @@ def test_case_06_characters_of_several_tokens(client: Client) -> None:
             assert "\N{REPLACEMENT CHARACTER}" not in text
 
 
-def test_case_07_return_full_text(client: Client, solo: Generation) -> None:
+def test_case_07_return_full_text(client: Client) -> None:
     """The output starts with exactly the prompt, odd spaces included; streamed too."""
     odd = "  The  alphabet:\tA, B, C, D,"
     full = client.generate(odd, max_new_tokens=4, return_full_text=True)
     assert full.text == odd + client.generate(odd, max_new_tokens=4).text
-    chunks = list(client.stream(ALPHABET, max_new_tokens=24, return_full_text=True))
-    assert "".join(chunk.text for chunk in chunks) == ALPHABET + solo.text
+    chunks = list(client.stream(ALPHABET, max_new_tokens=8, return_full_text=True))
+    assert "".join(chunk.text for chunk in chunks) == ALPHABET + " E, F, G, H,"
 
 
 def open_url(server: RunningServer, route: str, body: dict[str, Any]) -> Any:

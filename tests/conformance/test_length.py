@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from .asking import ids_of, together, tokens_of
+from .asking import ids_of, together
 
 if TYPE_CHECKING:
     from textgen_client import Client
 
 PROMPT = "a stream of tokens becomes"
-SAMPLED: dict[str, Any] = {"temperature": 0.9, "seed": 55, "ignore_eos_token": True, "details": True}
+SAMPLED: dict[str, Any] = {"temperature": 0.9, "seed": 55, "ignore_eos_token": True}
 
 
 def test_case_55_long_outputs(tiny_client: Client) -> None:
@@ -20,30 +20,30 @@ def test_case_55_long_outputs(tiny_client: Client) -> None:
     Across token 1024 a grammar goes on and a stop string is found.
     """
     digits = {"type": "regex", "value": "[0-9]{1200}"}
-    shorter, longer, number, greedy = together(
+    shorter, longer, number = together(
         lambda: tiny_client.generate(PROMPT, max_new_tokens=1500, **SAMPLED),
-        lambda: tiny_client.generate(PROMPT, max_new_tokens=3000, **SAMPLED),
+        lambda: tiny_client.generate(PROMPT, max_new_tokens=3000, details=True, **SAMPLED),
         lambda: tiny_client.generate(PROMPT, max_new_tokens=3000, temperature=1.0, seed=1, grammar=digits),
-        lambda: tiny_client.generate(PROMPT, max_new_tokens=1500, ignore_eos_token=True, details=True),
     )
-    for answer, count in ((shorter, 1500), (longer, 3000), (greedy, 1500)):
-        assert len(ids_of(answer)) == answer.num_output_tokens == count
-        assert answer.finish_reason == "length"
-    assert ids_of(longer)[:1500] == ids_of(shorter)
-    assert ids_of(longer)[1024:1100] != ids_of(longer)[:76], "a seed that starts over would repeat itself"
+    for answer, count in ((shorter, 1500), (longer, 3000)):
+        assert (answer.num_output_tokens, answer.finish_reason) == (count, "length")
+    # The last token may be a part of a character, which the shorter text shows as broken.
+    assert longer.text.startswith(shorter.text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    ids = ids_of(longer)
+    assert len(ids) == 3000
+    assert ids[1024:1100] != ids[:76], "a seed that starts over would repeat itself"
 
     assert re.fullmatch("[0-9]{1200}", number.text) and number.finish_reason == "eos_token"
     assert number.num_output_tokens is not None and number.num_output_tokens > 1024
 
     # A stop string that lies across the border, and appears there first.
-    tokens = longer.details["tokens"] if longer.details is not None else []
-    before = "".join(token["text"] for token in tokens[:1024])
+    assert longer.details is not None
+    border = len("".join(token["text"] for token in longer.details["tokens"][:1024]))
     stop = next(
         found
         for width in range(4, 40)
-        if longer.text.find(found := longer.text[len(before) - width : len(before) + width]) == len(before) - width
+        if longer.text.find(found := longer.text[border - width : border + width]) == border - width
     )
-    chunks = list(tiny_client.stream(PROMPT, max_new_tokens=3000, stop=[stop], **SAMPLED))
-    assert chunks[-1].finish_reason == "stop_sequence"
-    assert "".join(chunk.text for chunk in chunks) == longer.text[: longer.text.find(stop)]
-    assert 1024 < len(tokens_of(chunks)) < 1024 + 2 * 40
+    stopped = tiny_client.generate(PROMPT, max_new_tokens=3000, stop=[stop], **SAMPLED)
+    assert (stopped.text, stopped.finish_reason) == (longer.text[: longer.text.find(stop)], "stop_sequence")
+    assert stopped.num_output_tokens is not None and 1024 < stopped.num_output_tokens < 1024 + 2 * 40
