@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 NUM_NEW_TOKENS = 16
 
-# Prompt lengths in tokens. Together several times the server's KV cache.
-TEXT_LENGTHS = (5, 7, 8, 9, 15, 16, 17, 31, 33, 50, 64, 80, 100, 130, 170, 250, 1500)
+# Prompt lengths in tokens. Together several times the server's KV cache. The longest comes first: it is admitted with
+# its first chunk, the others beside it, and as it grows it takes their blocks.
+TEXT_LENGTHS = (1500, 250, 170, 130, 100, 80, 64, 50, 33, 31, 17, 16, 15, 9, 8, 7, 5)
 QUESTIONS = (
     "What is the capital of France?",
     "Write a haiku about the sea.",
