@@ -223,7 +223,10 @@ def main(control_fd: int) -> None:
                 del process_ids[number]
         if not readable:
             continue
-        message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
+        try:
+            message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
+        except ConnectionResetError:  # closed before our "ready" was read: an engine that ended at once
+            message = b""
         if not message:
             for process_id in process_ids.values():
                 os.kill(process_id, signal.SIGKILL)
