@@ -2,7 +2,9 @@
 
 A crowd of requests with parameters of every kind arrives at random steps, some are cancelled on the way, in engines
 that batch, chunk, share prefixes and preempt. Each request's tokens, texts, ends and seeds must be those it gets alone
-in an engine that does none of this. The crowds are drawn from fixed seeds, so a failure repeats.
+in an engine that does none of this. The crowds are drawn from fixed seeds, so a failure repeats. The engines are
+batch-invariant: otherwise a crowd of thousands of tokens now and then holds one that stands at the border of a filter
+(min_p, top_p) to the seventh digit, and the order of a sum decides.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ GRAMMARS = [GrammarSpec("regex", pattern, LLGUIDANCE) for pattern in REGEXES] + 
 _rng = random.Random(2024)
 PREFIXES = [[_rng.randrange(2, VOCAB_SIZE) for _ in range(length)] for length in (0, 16, 37, 48)]
 MAX_TOTAL = 110
-TIGHT: dict[str, Any] = {"block_size": 4, "num_blocks": 64, "tokens_per_step": 24, "max_sequences": 6}
+TIGHT: dict[str, Any] = {"block_size": 4, "num_blocks": 36, "tokens_per_step": 24, "max_sequences": 6}
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Arrival:
 
 
 def configure(model: Path, *, jump_forward: bool = True, **options: Any) -> EngineConfig:
-    config = make_config(model, max_total_tokens=MAX_TOTAL, **options)
+    config = make_config(model, max_total_tokens=MAX_TOTAL, batch_invariant=True, **options)
     return replace(config, grammar=replace(config.grammar, jump_forward=jump_forward))
 
 
@@ -151,7 +153,7 @@ def random_crowd(seed: int, count: int, grammars: list[GrammarSpec]) -> list[Arr
     rng = random.Random(seed)
     crowd = []
     for index in range(count):
-        step = rng.randrange(40)
+        step = rng.randrange(20)
         cancel_step = step + rng.randrange(25) if rng.random() < 0.2 else None
         crowd.append(Arrival(random_request(rng, f"r{index}", grammars), step, cancel_step))
     return crowd
@@ -190,19 +192,14 @@ def run_alone(harness: Harness, crowd: list[Arrival]) -> dict[str, Answer]:
 
 
 def told(answer: Answer, num_choices: int) -> list[Any]:
-    """All that must not depend on the company: tokens, text, end and seed of each choice, or the error.
-
-    The seeds stand in a list of their own, sorted: two candidates of best_of with the same tokens have the same mean
-    log-probability but for its last bit, which then decides whose seed comes first.
-    """
+    """All that must not depend on the company: tokens, text, end and seed of each choice, or the error."""
     if answer.error is not None:
         return [type(answer.error), str(answer.error)]
     ends = {output.choice: output for output in answer.outputs if output.finish_reason is not None}
-    choices: list[Any] = [
-        (answer.ids(choice), answer.text(choice), answer.reason(choice), ends[choice].warnings)
+    return [
+        (answer.ids(choice), answer.text(choice), answer.reason(choice), ends[choice].seed, ends[choice].warnings)
         for choice in range(num_choices)
     ]
-    return [*choices, sorted(str(output.seed) for output in ends.values())]
 
 
 def assert_equal_to_solo(crowd: list[Arrival], answers: dict[str, Answer], solo: dict[str, Answer]) -> int:
@@ -228,18 +225,18 @@ def assert_equal_to_solo(crowd: list[Arrival], answers: dict[str, Answer], solo:
 # ---- tests ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_every_row_equals_its_solo_run(engines: list[Harness], llama: Path, seed: int) -> None:
     """In a roomy engine and in one where all is scarce: slots, blocks, and tokens in a step."""
-    crowd = random_crowd(seed, 36, GRAMMARS)
+    crowd = random_crowd(seed, 24, GRAMMARS)
     solo = run_alone(opened(engines, configure(llama, prefix_caching=False)), crowd)
     succeeded = [arrival for arrival in crowd if solo[arrival.request.request_id].error is None]
-    assert len(succeeded) > 24, "most of the requests must make sense"
+    assert len(succeeded) > 16, "most of the requests must make sense"
     roomy = opened(engines, configure(llama))
-    assert assert_equal_to_solo(crowd, run_crowd(roomy, crowd), solo) > 0, "some must be cut short"
+    assert_equal_to_solo(crowd, run_crowd(roomy, crowd), solo)
     tight = opened(engines, configure(llama, **TIGHT))
     answers = run_crowd(tight, crowd)
-    assert_equal_to_solo(crowd, answers, solo)
+    assert assert_equal_to_solo(crowd, answers, solo) > 0, "some must be cut short"
     assert tight.num_preemptions > 0, "the cache was meant to be too small"
     assert sum(output.num_cached_tokens for answer in answers.values() for output in answer.outputs) > 0
 
@@ -250,7 +247,7 @@ def test_constrained_rows_in_trouble(engines: list[Harness], llama: Path, jump_f
     ignore_eos_token, stop strings. The texts are those of the solo run without jump-forward, and obey."""
     rng = random.Random(7)
     crowd = []
-    for index in range(30):
+    for index in range(24):
         stopping = StoppingParams(
             min_new_tokens=rng.choice([0, 4, 12]),
             stop=rng.choice([(), (), ("ck b", " d"), ("e",)]),
@@ -267,9 +264,9 @@ def test_constrained_rows_in_trouble(engines: list[Harness], llama: Path, jump_f
             grammar=GRAMMARS[index % len(GRAMMARS)] if index % 5 else None,
             arrival_s=time.monotonic(),
         )
-        crowd.append(Arrival(request, rng.randrange(30), None))
+        crowd.append(Arrival(request, rng.randrange(15), None))
     solo = run_alone(opened(engines, configure(llama, prefix_caching=False, jump_forward=False)), crowd)
-    tight = opened(engines, configure(llama, jump_forward=jump_forward, **TIGHT | {"num_blocks": 36}))
+    tight = opened(engines, configure(llama, jump_forward=jump_forward, **TIGHT))
     answers = run_crowd(tight, crowd)
     assert_equal_to_solo(crowd, answers, solo)
     assert tight.num_preemptions > 0, "the cache was meant to be too small"
