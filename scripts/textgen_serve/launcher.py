@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -202,7 +204,7 @@ class Launcher:
             f"  curl -N http://{host}:{ports.http}/v2/models/{probe.MODEL}/generate_stream "
             """-d '{"text_input": "The capital of France is", "stream": true, "max_new_tokens": 20}'"""
         )
-        say(f"  textgen chat --url {host}:{ports.grpc}")
+        say(f"  {_client_command()} chat --url {host}:{ports.grpc}")
 
     def _demonstrate(self, server: TritonServer, ports: Ports) -> None:
         """Stream the answer to one chat message. A model without a chat template only loses the demonstration."""
@@ -252,6 +254,11 @@ class _Background:
             work()
         except (probe.ProbeError, OSError, http.client.HTTPException, ValueError) as error:
             self.error = error
+
+
+def _client_command() -> str:
+    """How to call the client here: by name where it is on the path, else beside this interpreter."""
+    return "textgen" if shutil.which("textgen") else os.path.relpath(Path(sys.executable).with_name("textgen"))
 
 
 def _reachable(host: str) -> str:
