@@ -40,8 +40,7 @@ def assert_refused(client: Client, *said: object, prompt: str = ALPHABET, stream
     """The request is TGI's 422 `validation`, with `said` in the text. A stream's only response is this error too.
 
     A Triton stream carries a model's error as text, whose prefix tells the kind; the code is dropped (and HTTP answers
-    400 to every code). The metadata `triton_grpc_error` would bring it, but in Triton 2.51 it ends the server with
-    SIGSEGV now and then.
+    400 to every code). The metadata `triton_grpc_error` would bring it, but may end Triton 2.51 (docs/serving.md).
     """
     call = client.stream(prompt, **asked) if stream else None
     error = error_of(lambda: list(call) if call is not None else client.generate(prompt, **asked))
