@@ -154,7 +154,7 @@ def random_crowd(seed: int, count: int, grammars: list[GrammarSpec]) -> list[Arr
     crowd = []
     for index in range(count):
         step = rng.randrange(20)
-        cancel_step = step + rng.randrange(25) if rng.random() < 0.2 else None
+        cancel_step = step + rng.randrange(10) if rng.random() < 0.3 else None
         crowd.append(Arrival(random_request(rng, f"r{index}", grammars), step, cancel_step))
     return crowd
 
