@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -266,18 +267,35 @@ def cancel(
     _print(f"cancelled {request_id}\n")
 
 
-def main() -> None:
-    """Entry point of the `textgen` script: runs the command, turns every failure into one line and an exit code."""
+def main() -> NoReturn:
+    """Entry point of the `textgen` script: runs the command, turns every failure into one line and an exit code.
+
+    The process ends without Python's own finalization, which stops gRPC's threads wherever they are, one that holds a
+    lock included, and then may wait for that lock for ever.
+    """
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character shows a question mark
         sys.stdout.reconfigure(errors="replace")
+    exit_code = _run()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # whoever read the output has left
+        exit_code = exit_code or 1
+    os._exit(exit_code)
+
+
+def _run() -> int:
     try:
         app()
     except TextgenError as error:
         where = f" (request {error.request_id})" if error.request_id else ""
         typer.echo(f"textgen: {error}{where}", err=True)
-        sys.exit(1)
+        return 1
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    except SystemExit as end:  # how the CLI library returns
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
 
 
 def _client(url: str, model: str, tls: bool, tls_ca: str | None, headers: list[str] | None) -> Client:

@@ -43,6 +43,9 @@ class Stream(Iterator[Chunk]):
 
     def __next__(self) -> Chunk:
         while not self._ended:
+            # gRPC's error is the call itself. Ours is raised outside the `except`, so that it does not keep the call
+            # alive until the program ends, when freeing it may wait for a thread that is no more.
+            failure: TextgenError | None = None
             try:
                 with InterruptCancels(self._call):
                     response = next(self._call)
@@ -53,9 +56,9 @@ class Stream(Iterator[Chunk]):
             except grpc.RpcError as error:
                 self._ended = True
                 if self._closed:
-                    raise RequestCancelled("the stream was closed", self.request_id) from None
-                if not self._reader.is_final:  # afterwards the connection may break as it likes
-                    raise error_from_status(error, self._client.url, self.request_id) from None
+                    failure = RequestCancelled("the stream was closed", self.request_id)
+                elif not self._reader.is_final:  # afterwards the connection may break as it likes
+                    failure = error_from_status(error, self._client.url, self.request_id)
             except BaseException:  # an error of the request, or Ctrl-C while waiting
                 self.close()
                 self._ended = True
@@ -63,6 +66,8 @@ class Stream(Iterator[Chunk]):
             else:
                 if chunk is not None:
                     return chunk
+            if failure is not None:
+                raise failure
         raise StopIteration
 
     def close(self) -> None:
@@ -282,9 +287,10 @@ class Client:
         try:
             return method(request, timeout=timeout_s, metadata=self._connection.metadata(None))
         except grpc.RpcError as error:
-            raise error_from_status(error, self.url) from None
+            failure: TextgenError = error_from_status(error, self.url)
         except ValueError as error:
-            raise ServerUnavailable(f"{self.url}: {error}") from None
+            failure = ServerUnavailable(f"{self.url}: {error}")
+        raise failure  # outside, as in Stream: an error must not keep its call alive
 
 
 def _close_channel(reference: weakref.ReferenceType[Any]) -> None:
