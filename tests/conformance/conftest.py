@@ -47,8 +47,8 @@ def solo(client: Client) -> Generation:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of 6144 positions that generates a thousand tokens in seconds, with a chat template."""
-    folder = save_checkpoint(tmp_path_factory.mktemp("tiny_model"), max_position_embeddings=6144)
+    """One layer, random, 6144 positions: a thousand tokens take seconds. With a chat template."""
+    folder = save_checkpoint(tmp_path_factory.mktemp("tiny_model"), max_position_embeddings=6144, num_hidden_layers=1)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = _CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)

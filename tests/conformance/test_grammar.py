@@ -25,7 +25,7 @@ from textgen_client import Client, Generation, ToolError, ValidationError
 from .asking import ALPHABET, EVEN_NUMBERS, LONG, assert_refused, error_of, ids_of, together, tokens_of
 
 IPV4 = r"((25[0-5]|2[0-4]\d|[01]?\d\d?)\.){3}(25[0-5]|2[0-4]\d|[01]?\d\d?)"
-ASK_ADDRESS = [{"role": "user", "content": "What is the IP address of Google's public DNS server?"}]
+ASK_ADDRESS = "The IP address of Google's public DNS server is "
 PERSON: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -37,7 +37,7 @@ PERSON: dict[str, Any] = {
     "required": ["firstName", "lastName", "hobby", "numCats"],
     "additionalProperties": False,
 }
-ASK_PERSON = [{"role": "user", "content": "David likes trees and maths. He has 2 cats. Describe David as JSON."}]
+ASK_PERSON = "David likes trees and has 2 cats. David as JSON: "
 WORKOUT: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -62,7 +62,7 @@ WORKOUT: dict[str, Any] = {
     "required": ["name", "activities"],
     "additionalProperties": False,
 }
-ASK_WORKOUT = [{"role": "user", "content": "Anna went for a 30 minute run and a 45 minute swim. Answer in JSON."}]
+ASK_WORKOUT = "Anna went for a 30 minute run and a 45 minute swim. As JSON: "
 WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -85,11 +85,11 @@ ASK_WEATHER = [{"role": "user", "content": "What is the weather in Paris?"}]
 
 @pytest.fixture(scope="module")
 def obeying(client: Client) -> dict[str, Generation]:
-    """The answers to the requests of cases 28 to 30, all of them asked at once, each also as a stream, which must say
-    the same."""
-    address = {"messages": ASK_ADDRESS, "grammar": {"type": "regex", "value": IPV4}, "max_new_tokens": 40}
-    person = {"messages": ASK_PERSON, "grammar": {"type": "json", "value": PERSON}, "max_new_tokens": 60}
-    workout = {"messages": ASK_WORKOUT, "grammar": {"type": "json", "value": WORKOUT}, "max_new_tokens": 120}
+    """The answers to the requests of cases 28 to 30, all of them asked at once; two also as streams, which must say the
+    same."""
+    address = {"prompt": ASK_ADDRESS, "grammar": {"type": "regex", "value": IPV4}, "max_new_tokens": 40}
+    person = {"prompt": ASK_PERSON, "grammar": {"type": "json", "value": PERSON}, "max_new_tokens": 60}
+    workout = {"prompt": ASK_WORKOUT, "grammar": {"type": "json", "value": WORKOUT}, "max_new_tokens": 120}
     requests: dict[str, dict[str, Any]] = {
         "address": address,
         "address, sampled": {**address, "temperature": 2.0, "seed": 5},
@@ -103,12 +103,19 @@ def obeying(client: Client) -> dict[str, Generation]:
         chunks = list(client.stream(**asked))
         return "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason
 
-    with ThreadPoolExecutor(len(requests)) as threads:
-        streams = threads.map(stream, requests.values())
-        answers = together(*(functools.partial(client.generate, **asked) for asked in requests.values()))
-        assert list(streams) == [(answer.text, answer.finish_reason) for answer in answers]
-    assert {answer.finish_reason for answer in answers} == {"eos_token"}
-    return dict(zip(requests, answers, strict=True))
+    with ThreadPoolExecutor(2) as threads:
+        streams = {name: threads.submit(stream, requests[name]) for name in ("address, sampled", "workout")}
+        answers = dict(
+            zip(
+                requests,
+                together(*(functools.partial(client.generate, **asked) for asked in requests.values())),
+                strict=True,
+            )
+        )
+    for name, streamed in streams.items():
+        assert streamed.result() == (answers[name].text, answers[name].finish_reason)
+    assert {answer.finish_reason for answer in answers.values()} == {"eos_token"}
+    return answers
 
 
 def test_case_28_regex(obeying: dict[str, Generation]) -> None:
@@ -230,12 +237,12 @@ def test_case_34_spellings_of_response_format(client: Client) -> None:
         {"grammar": {"type": "json", "value": schema}},
     ]
     answers = together(*[
-        lambda form=form: client.generate(messages=ASK_PERSON, max_new_tokens=40, **form) for form in forms
+        lambda form=form: client.generate(ASK_PERSON, max_new_tokens=40, **form) for form in forms
     ])  # fmt: skip
     assert len({answer.text for answer in answers}) == 1, answers
     jsonschema.validate(json.loads(answers[0].text), schema)
     anything = client.generate(
-        messages=ASK_PERSON, max_new_tokens=120, response_format={"type": "json_object"}, grammar_whitespace="none"
+        ASK_PERSON, max_new_tokens=48, response_format={"type": "json_object"}, grammar_whitespace="none"
     )
     assert anything.text.startswith("{")
     if anything.finish_reason == "eos_token":
@@ -253,7 +260,7 @@ def test_case_36_tool_choices(client: Client) -> None:
     tools = [WEATHER, NEWS]
 
     def ask(choice: Any) -> Callable[[], Generation]:
-        asked = {"tools": tools, "tool_choice": choice, "max_new_tokens": 48}
+        asked = {"tools": tools, "tool_choice": choice, "max_new_tokens": 40}
         return lambda: client.generate(messages=ASK_WEATHER, **asked)
 
     named = {"type": "function", "function": {"name": "get_news"}}

@@ -72,10 +72,8 @@ def test_case_05_stream_equals_whole(client: Client, solo: Generation) -> None:
 
 def test_case_06_characters_of_several_tokens(client: Client) -> None:
     """Streamed token texts, special tokens left out, joined are the text; no broken character on the way."""
-    for prompt, length, expected in (
-        ("日本語 中文 日本語 中文 日本語 中文 日本語", 13, " 中文 日本語 中文"),
-        ("😀 😃 😄 😁 😀 😃 😄 😁 😀 😃 😄", 12, " 😊 😊 😊 😊 😊 😊"),
-    ):
+
+    def check(prompt: str, length: int, expected: str) -> None:
         whole = client.generate(prompt, max_new_tokens=length)
         chunks = list(client.stream(prompt, max_new_tokens=length, details=True))
         assert whole.text.startswith(expected)
@@ -85,6 +83,11 @@ def test_case_06_characters_of_several_tokens(client: Client) -> None:
         assert len(tokens) == length > len(whole.text.split()), "some characters take several tokens"
         for text in [chunk.text for chunk in chunks] + [token["text"] for token in tokens]:
             assert "\N{REPLACEMENT CHARACTER}" not in text
+
+    together(
+        lambda: check("日本語 中文 日本語 中文 日本語 中文 日本語", 13, " 中文 日本語 中文"),
+        lambda: check("😀 😃 😄 😁 😀 😃 😄 😁 😀 😃 😄", 12, " 😊 😊 😊 😊 😊 😊"),
+    )
 
 
 def test_case_07_return_full_text(client: Client) -> None:

@@ -85,7 +85,7 @@ def test_case_54_hundred_chats_cached_and_not(tiny_client: Client, plain_client:
 
     def ask(client: Client, number: int) -> Callable[[], Generation]:
         seeded: dict[str, Any] = {"temperature": 0.8, "seed": number} if number % 3 == 0 else {}
-        return lambda: client.generate(messages=chats[number], max_new_tokens=16, details=True, **seeded)
+        return lambda: client.generate(messages=chats[number], max_new_tokens=8, details=True, **seeded)
 
     cached = together(*(ask(tiny_client, number) for number in range(100)))
     plain = together(*(ask(plain_client, number) for number in range(100)))

@@ -90,9 +90,8 @@ def test_sampled_texts_obey_their_grammar(client: Client) -> None:
     """12 schemas and 8 regexes at temperature 1, all at once: valid by jsonschema and re.fullmatch."""
 
     def ask(index: int, grammar: dict[str, Any]) -> Callable[[], Generation]:
-        prompt = [{"role": "user", "content": f"Give me example number {index}, and nothing else."}]
         asked = {"temperature": 1.0, "seed": index, "max_new_tokens": MAX_NEW_TOKENS, "details": True}
-        return lambda: client.generate(messages=prompt, grammar=grammar, **asked)
+        return lambda: client.generate(f"Example {index}: ", grammar=grammar, **asked)
 
     grammars: list[dict[str, Any]] = [{"type": "json", "value": schema} for schema in SCHEMAS.values()]
     grammars += [{"type": "regex", "value": pattern} for pattern in REGEXES]
@@ -100,11 +99,10 @@ def test_sampled_texts_obey_their_grammar(client: Client) -> None:
     finished = 0
     for grammar, answer in zip(grammars, answers, strict=True):
         warnings = (answer.details or {}).get("warnings", [])
-        if answer.finish_reason == "length":
-            assert any("before its grammar was complete" in warning for warning in warnings), (grammar, answer.text)
-            continue
+        if answer.finish_reason == "length" and any("before its grammar was complete" in text for text in warnings):
+            continue  # any other text is complete, if only by chance (a number may go on or not)
         finished += 1
-        assert answer.finish_reason == "eos_token"
+        assert answer.finish_reason in ("eos_token", "length")
         if grammar["type"] == "regex":
             assert re.fullmatch(grammar["value"], answer.text), (grammar, answer.text)
         else:

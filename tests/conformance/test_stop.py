@@ -5,58 +5,81 @@ Difference: the stop string is stripped unless include_stop_str_in_output is set
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 from .asking import ALPHABET, QUESTION, together
 
 if TYPE_CHECKING:
-    from textgen_client import Chunk, Client
+    from textgen_client import Client
 
 FRANCE = "The capital of France is"  # " Paris." follows
 
 
-def stopped(
-    client: Client, prompt: str, stop: str | list[str], **parameters: Any
-) -> tuple[str, str | None, int | None]:
-    """Text, finish reason and number of tokens, which are the same whole and streamed."""
-    asked = {"stop": stop, "max_new_tokens": 24, **parameters}
-    chunks: list[Chunk] = []
-    answer, _ = together(
-        lambda: client.generate(prompt, **asked), lambda: chunks.extend(client.stream(prompt, **asked))
-    )
-    assert answer is not None
-    assert "".join(chunk.text for chunk in chunks) == answer.text
-    assert chunks[-1].finish_reason == answer.finish_reason
-    return answer.text, answer.finish_reason, answer.num_output_tokens
+@dataclass(frozen=True)
+class Stop:
+    """A prompt, the stop strings, and the text and the number of tokens that must come of them."""
+
+    prompt: str
+    stop: str | list[str]
+    text: str
+    tokens: int
+    reason: str = "stop_sequence"
+    included: bool = False
+
+
+def assert_stops(client: Client, *cases: Stop) -> None:
+    """All of them at once, each whole and as a stream."""
+
+    def ask(case: Stop) -> None:
+        asked = {"stop": case.stop, "max_new_tokens": 12, "include_stop_str_in_output": case.included}
+        answer = client.generate(case.prompt, **asked)
+        assert (answer.text, answer.finish_reason, answer.num_output_tokens) == (case.text, case.reason, case.tokens)
+        chunks = list(client.stream(case.prompt, **asked))
+        assert "".join(chunk.text for chunk in chunks) == case.text
+        assert chunks[-1].finish_reason == case.reason
+
+    together(*(partial(ask, case) for case in cases))
 
 
 def test_case_22_stop_at_a_word(client: Client) -> None:
     """The output ends at the word; finish_reason stop_sequence; the word itself only on request."""
-    assert stopped(client, ALPHABET, " H") == (" E, F, G,", "stop_sequence", 7)
-    assert stopped(client, ALPHABET, " H", include_stop_str_in_output=True) == (" E, F, G, H", "stop_sequence", 7)
-    assert stopped(client, ALPHABET, ["never", " Z", " H", " G"]) == (" E, F,", "stop_sequence", 5)
+    assert_stops(
+        client,
+        Stop(ALPHABET, " H", " E, F, G,", 7),
+        Stop(ALPHABET, " H", " E, F, G, H", 7, included=True),
+        Stop(ALPHABET, ["never", " Z", " H", " G"], " E, F,", 5),
+    )
 
 
 def test_case_23_stop_across_and_inside_tokens(client: Client) -> None:
     """A stop string over two tokens; one that ends, or lies, inside a token. TGI misses these two."""
-    assert stopped(client, ALPHABET, ", G") == (" E, F", "stop_sequence", 5)
-    assert stopped(client, ALPHABET, ", G", include_stop_str_in_output=True)[0] == " E, F, G"
-    assert stopped(client, FRANCE, " Par") == ("", "stop_sequence", 1)
-    assert stopped(client, FRANCE, "ari") == (" P", "stop_sequence", 1)
-    # What the token holds after the stop string is cut off in either form.
-    assert stopped(client, FRANCE, "ari", include_stop_str_in_output=True) == (" Pari", "stop_sequence", 1)
-    # One that begins inside a token and ends inside a later one.
-    assert stopped(client, FRANCE, "is.\n") == (" Par", "stop_sequence", 3)
+    assert_stops(
+        client,
+        Stop(ALPHABET, ", G", " E, F", 5),
+        Stop(ALPHABET, ", G", " E, F, G", 5, included=True),
+        Stop(FRANCE, " Par", "", 1),
+        Stop(FRANCE, "ari", " P", 1),
+        # What the token holds after the stop string is cut off in either form.
+        Stop(FRANCE, "ari", " Pari", 1, included=True),
+        # One that begins inside a token and ends inside a later one.
+        Stop(FRANCE, "is.\n", " Par", 3),
+    )
 
 
 def test_case_24_stop_is_literal(client: Client) -> None:
     """Characters that mean something in a regular expression mean themselves."""
-    for patterns in ([". G", "[A-Z], H", "(H|I)", "F.*"], [" G$", "^ E", "\\w", "I?"]):
-        assert stopped(client, ALPHABET, patterns, max_new_tokens=12) == (" E, F, G, H, I, J,", "length", 12)
-    code = "x = [1, 2, 3]\ny = [4, 5, 6]\nz = ["  # "7, 8, 9]" follows
-    assert stopped(client, code, "9]", max_new_tokens=12) == ("7, 8, ", "stop_sequence", 8)
+    letters = " E, F, G, H, I, J,"
+    list_ = "x = [1, 2, 3]\ny = [4, 5, 6]\nz = ["  # "7, 8, 9]" follows
     algebra = "f(x) = (a+b)*c\nf(x) = (a+b)*c\nf(x) = (a+b)*c\nf(x) ="
-    assert stopped(client, algebra, "+b)*", max_new_tokens=12)[:2] == (" (a", "stop_sequence")
+    assert_stops(
+        client,
+        Stop(ALPHABET, [". G", "[A-Z], H", "(H|I)", "F.*"], letters, 12, reason="length"),
+        Stop(ALPHABET, [" G$", "^ E", "\\w", "I?"], letters, 12, reason="length"),
+        Stop(list_, "9]", "7, 8, ", 8),
+        Stop(algebra, "+b)*", " (a", 5),
+    )
 
 
 def test_case_25_end_of_sequence(client: Client) -> None:
