@@ -5,6 +5,7 @@ PYTHON  ?= python3
 COMPUTE ?= cpu
 VENV    := .venv
 CACHE   := .cache
+WORKERS ?= 2
 BIN     := $(VENV)/bin
 STAMPS  := $(VENV)/.stamps
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install -qq
@@ -30,7 +31,7 @@ serve: $(STAMPS)/packages ## start tritonserver and show a first answer; MODEL_I
 	@exec $(BIN)/python scripts/serve.py
 
 test: setup lint ## lint, type check and run every test this machine can run; ARGS="-k name" narrows
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(STAMPS)/packages ## ruff (style, imports, format) and mypy
 	$(BIN)/ruff check $(SOURCES)

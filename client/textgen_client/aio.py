@@ -17,7 +17,15 @@ import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from textgen_client import wire
-from textgen_client.channel import DEFAULT_MODEL, DEFAULT_URL, Connection, KeepAlive, Tls, deadline
+from textgen_client.channel import (
+    DEFAULT_MODEL,
+    DEFAULT_URL,
+    END_OF_STREAM_S,
+    Connection,
+    KeepAlive,
+    Tls,
+    deadline,
+)
 from textgen_client.errors import OverloadedError, RequestCancelled, ServerUnavailable, TextgenError, error_from_status
 from textgen_client.health import PROBE_PROMPT, Health, probe_parameters, readiness
 from textgen_client.results import Chunk, Generation, GrammarCheck, ModelStatus
@@ -99,10 +107,17 @@ class AsyncStream(AsyncIterator[Chunk]):
 
 
 async def _read_to_end(call: Any) -> None:
-    """Wait for the server to end the stream, which it does at once after its final response."""
-    with contextlib.suppress(grpc.RpcError):
-        while await call.read() is not grpc.aio.EOF:
-            pass
+    """Wait for the server to end the stream, which it does at once after its final response; not for ever."""
+
+    async def read() -> None:
+        with contextlib.suppress(grpc.RpcError):
+            while await call.read() is not grpc.aio.EOF:
+                pass
+
+    try:
+        await asyncio.wait_for(read(), END_OF_STREAM_S)
+    except asyncio.TimeoutError:
+        call.cancel()
 
 
 def _task_is_cancelled() -> bool:

@@ -17,6 +17,10 @@ DEFAULT_MODEL = "textgen"
 # The server ends an overdue request itself and says so; the client's own deadline only guards against silence.
 DEADLINE_GRACE_S = 2.0
 
+# After the final response (a call cancelled then stays behind in Triton 2.51) the server ends the stream by itself. One
+# that does not within this time is cancelled after all: it must not hold its client.
+END_OF_STREAM_S = 2.0
+
 
 @dataclass(frozen=True, slots=True)
 class Tls:

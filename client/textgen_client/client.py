@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,15 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from textgen_client import wire
-from textgen_client.channel import DEFAULT_MODEL, DEFAULT_URL, Connection, KeepAlive, Tls, deadline
+from textgen_client.channel import (
+    DEFAULT_MODEL,
+    DEFAULT_URL,
+    END_OF_STREAM_S,
+    Connection,
+    KeepAlive,
+    Tls,
+    deadline,
+)
 from textgen_client.errors import OverloadedError, RequestCancelled, ServerUnavailable, TextgenError, error_from_status
 from textgen_client.health import PROBE_PROMPT, Health, probe_parameters, readiness
 from textgen_client.interrupt import InterruptCancels
@@ -81,11 +90,17 @@ class Stream(Iterator[Chunk]):
             self._call.cancel()
 
     def _read_to_end(self) -> None:
-        """Wait for the server to end the stream, which it does at once after its final response."""
+        """Wait for the server to end the stream, which it does at once after its final response; not for ever."""
         self._ended = True
-        with contextlib.suppress(grpc.RpcError), InterruptCancels(self._call):
-            for _ in self._call:
-                pass
+        overdue = threading.Timer(END_OF_STREAM_S, self._call.cancel)
+        overdue.daemon = True
+        overdue.start()
+        try:
+            with contextlib.suppress(grpc.RpcError), InterruptCancels(self._call):
+                for _ in self._call:
+                    pass
+        finally:
+            overdue.cancel()
 
     def __enter__(self) -> Stream:
         return self

@@ -31,10 +31,13 @@ class Runtime:
     environment: dict[str, str]
 
 
-def find_runtime(cache_dir: Path) -> Runtime:
-    """The tritonserver to use, its backend folder prepared below `cache_dir`; ServeError when there is none."""
-    if (_IMAGE / "bin" / "tritonserver").exists():
-        return Runtime(_IMAGE / "bin" / "tritonserver", None, dict(os.environ))
+def find_runtime(cache_dir: Path, image: Path = _IMAGE) -> Runtime:
+    """The tritonserver to use, its backend folder prepared below `cache_dir`; ServeError when there is none.
+
+    image: where NVIDIA's image has its server.
+    """
+    if (image / "bin" / "tritonserver").exists():
+        return Runtime(image / "bin" / "tritonserver", None, dict(os.environ))
     site = Path(sysconfig.get_path("purelib"))
     server = site / "pytriton" / "tritonserver"
     if not (server / "bin" / "tritonserver").exists():

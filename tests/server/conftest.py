@@ -48,7 +48,10 @@ model_transaction_policy { decoupled: true }
 input [
   { name: "text_input" data_type: TYPE_STRING dims: [1] optional: true },
   { name: "messages" data_type: TYPE_STRING dims: [1] optional: true },
-  { name: "stream" data_type: TYPE_BOOL dims: [1] optional: true }
+  { name: "stream" data_type: TYPE_BOOL dims: [1] optional: true },
+  { name: "return_finish_reason" data_type: TYPE_BOOL dims: [1] optional: true },
+  { name: "return_num_input_tokens" data_type: TYPE_BOOL dims: [1] optional: true },
+  { name: "return_num_output_tokens" data_type: TYPE_BOOL dims: [1] optional: true }
 ]
 output [ { name: "text_output" data_type: TYPE_STRING dims: [-1] } ]
 instance_group [ { count: 1 kind: KIND_MODEL } ]

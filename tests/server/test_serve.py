@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+import trustme
 
+from textgen_client import Client, ServerUnavailable, Tls
 from textgen_serve import checkpoint, processes
 from textgen_serve.errors import ServeError
 
@@ -387,3 +389,25 @@ def _wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "gave up waiting"
         time.sleep(0.02)
+
+
+def test_an_encrypted_connection(start_toy: StartToy, tmp_path: Path) -> None:
+    """Triton's TLS options go behind `--`; the client needs the certificate that signed the server's, and says so."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    toy = start_toy(
+        "--",
+        "--grpc-use-ssl=1",
+        f"--grpc-server-cert={tmp_path / 'cert.pem'}",
+        f"--grpc-server-key={tmp_path / 'key.pem'}",
+    )
+    with Client(toy.grpc_url, tls=Tls(root_certificates=tmp_path / "ca.pem")) as client:
+        assert client.generate("hi").text == "toy "
+        assert [chunk.text for chunk in client.stream("hi")] == ["toy "] * 10
+    with Client(toy.grpc_url, tls=Tls(), timeout=5) as client, pytest.raises(ServerUnavailable):
+        client.generate("hi")
+    with Client(toy.grpc_url, timeout=5) as client, pytest.raises(ServerUnavailable):
+        client.generate("hi")

@@ -1,7 +1,6 @@
 """The K and V tensors of the paged cache, one pair per layer, and nothing else.
 
-The layout of a block belongs to the attention backend that reads it (`AttentionBackend.cache_shape`); block ids and
-who owns them belong to block_manager.py.
+Block ids and who owns them belong to block_manager.py.
 """
 
 from __future__ import annotations
