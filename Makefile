@@ -60,7 +60,7 @@ $(STAMPS)/torch: $(STAMPS)/venv pyproject.toml
 
 $(STAMPS)/packages: $(STAMPS)/torch requirements/no-deps.txt pyproject.toml $(CLIENT)
 	@echo "[3/4] installing tritonserver, transformers and the tools"
-	@$(PIP) ".[server,dev]" $(if $(CLIENT),-e ./client)
+	@$(PIP) ".[server,dev]" $(if $(CLIENT),-e './client[gateway]')
 	@$(PIP) --no-deps -r requirements/no-deps.txt
 	@touch $@
 

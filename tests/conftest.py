@@ -16,7 +16,7 @@ import pytest
 from .running_server import REPOSITORY_ROOT, SERVER_ENVIRONMENT, RunningServer, StartServer
 
 MODEL_DIR = REPOSITORY_ROOT / ".cache" / "models" / "smollm2-135m-instruct"
-SERVER_FOLDERS = ("server", "conformance")
+SERVER_FOLDERS = ("server", "conformance", "gateway")
 
 _STRICT_TEMPLATE = (
     "{% for message in messages %}{% if message.role not in ['user', 'assistant'] %}"

@@ -28,7 +28,7 @@ from textgen_client.channel import (
 )
 from textgen_client.errors import OverloadedError, RequestCancelled, ServerUnavailable, TextgenError, error_from_status
 from textgen_client.health import PROBE_PROMPT, Health, probe_parameters, readiness
-from textgen_client.results import Chunk, Generation, GrammarCheck, ModelStatus
+from textgen_client.results import Chunk, Generation, GrammarCheck, ModelStatus, Tokenization
 
 
 class AsyncStream(AsyncIterator[Chunk]):
@@ -204,6 +204,19 @@ class AsyncClient:
         """The token ids of a text, without special tokens. timeout: seconds."""
         timeout = self.timeout if timeout is None else timeout
         return wire.token_ids(await self._ask("ModelInfer", wire.tokenize_request(text), timeout))
+
+    async def tokenization(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        timeout: float | None = None,
+        **parameters: Any,
+    ) -> Tokenization:
+        """The tokens of a prompt, as a request with the same prompt and parameters would get them, untruncated."""
+        timeout = self.timeout if timeout is None else timeout
+        request = wire.tokenization_request(wire.Prompt(prompt, messages), parameters)
+        return wire.tokenization(await self._ask("ModelInfer", request, timeout))
 
     async def cancel(self, request_id: str, *, timeout: float = 5.0) -> None:
         """End the live request with this id; see `Client.cancel`."""

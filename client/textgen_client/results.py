@@ -85,6 +85,24 @@ class GrammarCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class Token:
+    """One token of a text: `text` is the characters from `start` to `stop` of it."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenization:
+    """A prompt as the model reads it. text: the given one, or the messages as the chat template renders them."""
+
+    text: str
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatus:
     """One version of a model in the server's repository. state: `READY`, `LOADING`, `UNAVAILABLE`, ... or empty."""
 

@@ -18,7 +18,7 @@ from tritonclient.grpc import InferResult, service_pb2
 
 from textgen_client.channel import DEFAULT_MODEL
 from textgen_client.errors import GenerationError, ValidationError, error_from_text
-from textgen_client.results import Choice, Chunk, Generation, GrammarCheck
+from textgen_client.results import Choice, Chunk, Generation, GrammarCheck, Token, Tokenization
 
 # Parameters that travel as tensors of their own, named as Triton's vLLM backend names them.
 _FLAGS = (
@@ -118,6 +118,36 @@ def token_ids(response: Any) -> list[int]:
     if ids is None:
         raise GenerationError("the server's response has no input_ids")
     return [int(token_id) for token_id in ids.reshape(-1)]
+
+
+def tokenization_request(prompt: Prompt, parameters: Mapping[str, Any]) -> Any:
+    """The `ModelInferRequest` for a text's or a conversation's tokens with their places in the text.
+
+    parameters: those that change the prompt (`tools`, `add_special_tokens`, ...); None values are left out.
+    """
+    request = service_pb2.ModelInferRequest(model_name="tokenizer", id=new_request_id())
+    for name in ("prompt_text", "tokens"):
+        request.outputs.add(name=name)
+    given = {name: value for name, value in parameters.items() if value is not None}
+    try:
+        _add_prompt(request, prompt)
+        _add_strings(request, "action", ["tokenize"])
+        if given:
+            _add_strings(request, "sampling_parameters", [_to_json(given)])
+    except UnicodeEncodeError as error:
+        raise ValidationError(f"text that is not valid Unicode cannot be sent: {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValidationError(f"the request cannot be sent: {error}") from None
+    return request
+
+
+def tokenization(response: Any) -> Tokenization:
+    """The answer to `tokenization_request`."""
+    result = InferResult(response)
+    texts, tokens = _strings(result, "prompt_text"), _strings(result, "tokens")
+    if not texts or not tokens:
+        raise GenerationError("the server's response has no tokens")
+    return Tokenization(texts[0], tuple(Token(**token) for token in json.loads(tokens[0])))
 
 
 def grammar_check_parameters(
