@@ -20,10 +20,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup serve test lint bench clean
+.PHONY: help setup serve test lint bench check-image clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMPS)/packages $(MODEL)/manifest.json ## create .venv, install everything, prepare the demonstration model
 
@@ -40,6 +40,10 @@ lint: $(STAMPS)/packages ## ruff (style, imports, format) and mypy
 
 bench: setup ## measure a running server with NVIDIA's perf_analyzer; writes benchmarks/results/
 	$(BIN)/python scripts/benchmark/perf_analyzer.py $(ARGS)
+
+check-image: setup ## run the instructions of docker/Dockerfile.cpu in a fresh folder, up to a healthy server
+	rm -rf $(CACHE)/image
+	$(BIN)/python scripts/check_image.py --folder $(CACHE)/image --model $(MODEL)
 
 clean: ## remove the environment, the caches and the prepared model
 	rm -rf $(VENV) $(CACHE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

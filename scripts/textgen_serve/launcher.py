@@ -133,7 +133,6 @@ class Launcher:
             drain_s=launch.graceful_termination_timeout,
             log_file=self._log_file,
             model_control_mode=launch.model_control_mode,
-            verbose=launch.verbose,
             admin_key=launch.restricted_api_key,
             extra_arguments=launch.triton_args,
         )

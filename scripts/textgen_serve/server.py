@@ -43,7 +43,6 @@ class ServerOptions:
     drain_s: int
     log_file: Path
     model_control_mode: str = "none"
-    verbose: bool = False
     admin_key: str | None = None
     extra_arguments: tuple[str, ...] = ()
 
@@ -144,7 +143,6 @@ def _command(runtime: Runtime, options: ServerOptions, region_prefix: str) -> li
         f"--exit-timeout-secs={options.drain_s}",
         f"--model-control-mode={options.model_control_mode}",
         f"--backend-config=python,shm-region-prefix-name={region_prefix}",
-        f"--log-verbose={int(options.verbose)}",
     ]
     if runtime.backend_directory is not None:
         command.append(f"--backend-directory={runtime.backend_directory}")
