@@ -25,7 +25,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup: $(STAMPS)/packages $(MODEL)/manifest.json ## create .venv, install everything, prepare the demonstration model
+setup: $(STAMPS)/packages $(STAMPS)/kernels $(MODEL)/manifest.json ## create .venv, install everything, prepare the demonstration model
 
 serve: $(STAMPS)/packages ## start tritonserver and show a first answer; MODEL_ID=<folder> serves another model
 	@exec $(BIN)/python scripts/serve.py
@@ -66,6 +66,12 @@ $(STAMPS)/packages: $(STAMPS)/torch requirements/no-deps.txt pyproject.toml $(CL
 	@echo "[3/4] installing tritonserver, transformers and the tools"
 	@$(PIP) ".[server,dev]" $(if $(CLIENT),-e './client[gateway]')
 	@$(PIP) --no-deps -r requirements/no-deps.txt
+	@touch $@
+
+# Without a compiler the engine does without; with one it would otherwise compile at its first start.
+KERNELS := model_repository/textgen/1/textgen_engine/kernels
+$(STAMPS)/kernels: $(STAMPS)/packages $(wildcard $(KERNELS)/cpu*)
+	@cd model_repository/textgen/1 && $(abspath $(BIN))/python -m textgen_engine.kernels.cpu >/dev/null 2>&1 || echo "no C++ compiler: the engine will use PyTorch's operations"
 	@touch $@
 
 # The script looks at what is there and does nothing when it is complete.

@@ -30,7 +30,7 @@ LAYERS = [
         "parameters",
         "host_memory",
     },
-    {"block_manager", "kv_cache", "attention.base", "detokenizer", "grammar", "sampling"},
+    {"block_manager", "kv_cache", "attention.base", "detokenizer", "grammar", "sampling", "kernels"},
     {"scheduler", "attention", "models", "batch", "model_runner", "constraints", "warmup"},
     {"engine"},
     {"process"},

@@ -1,4 +1,4 @@
-"""`attention/sdpa.py` and `attention/invariant.py` against attention written out densely, one query at a time.
+"""`attention/sdpa.py`, `compiled.py` and `invariant.py` against attention written out densely, one query at a time.
 
 Tolerance: float32 with sums of at most 300 terms of size 1, so 2e-5 absolute.
 """
@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata
+from textgen_engine.attention.compiled import CompiledBackend
 from textgen_engine.attention.invariant import InvariantBackend
 from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.errors import ModelLoadError
+from textgen_engine.kernels.cpu import load_kernels
 
 TOLERANCE = 2e-5
 
@@ -84,11 +87,22 @@ def make_step(
     return Step(metadata, query, torch.cat(new_keys), torch.cat(new_values), keys, values)
 
 
-BACKENDS: dict[str, type[AttentionBackend]] = {"sdpa": SdpaBackend, "invariant": InvariantBackend}
+def compiled() -> AttentionBackend:
+    kernels = load_kernels(num_threads=2)
+    if kernels is None:
+        pytest.skip("no C++ compiler")
+    return CompiledBackend(kernels)
+
+
+BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
+    "sdpa": SdpaBackend,
+    "invariant": InvariantBackend,
+    "compiled": compiled,
+}
 
 
 def run(
-    step: Step, *, scale: float, sliding_window: int | None = None, kind: type[AttentionBackend] = SdpaBackend
+    step: Step, *, scale: float, sliding_window: int | None = None, kind: Callable[[], AttentionBackend] = SdpaBackend
 ) -> torch.Tensor:
     backend = kind()
     backend.prepare(step.metadata)

@@ -1,11 +1,12 @@
-"""The turned product equals the plain one, at every row count around its limits."""
+"""The turned product and the compiled kernel equal the plain product, at every row count around their limits."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from textgen_engine.models.cpu_linear import CpuLinear, replace_linears
+from textgen_engine.kernels.cpu import load_kernels
+from textgen_engine.models.cpu_linear import CompiledLinear, CpuLinear, replace_linears
 
 
 @pytest.mark.parametrize("rows", [1, 5, 6, 7, 32, 48, 49, 200])
@@ -15,6 +16,28 @@ def test_equals_linear(rows: int, bias: bool) -> None:
     linear = torch.nn.Linear(96, 130, bias=bias)
     x = torch.randn(1, rows, 96)
     torch.testing.assert_close(CpuLinear(linear)(x), linear(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 32, 48, 49])
+@pytest.mark.parametrize(("depth", "outputs"), [(96, 130), (19, 3), (576, 1537)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_compiled_kernel_equals_linear(rows: int, depth: int, outputs: int, bias: bool) -> None:
+    kernels = load_kernels(num_threads=2)
+    if kernels is None:
+        pytest.skip("no C++ compiler")
+    torch.manual_seed(rows)
+    linear = torch.nn.Linear(depth, outputs, bias=bias)
+    x = torch.randn(1, rows, 2 * depth)[..., ::2]
+    torch.testing.assert_close(CompiledLinear(linear, kernels)(x), linear(x), atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_compiler_pytorch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("textgen_engine.kernels.cpu._FLAGS", ("--nobody-built-this",))
+    assert load_kernels(num_threads=1) is None
+    model = torch.nn.Sequential(torch.nn.Linear(8, 20))
+    assert replace_linears(model, None) == 1
+    assert type(model[0]) is CpuLinear
 
 
 def test_replaces_plain_linears_and_keeps_tied_weights() -> None:

@@ -16,11 +16,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from textgen_engine.attention.base import AttentionBackend
+from textgen_engine.attention.compiled import CompiledBackend
 from textgen_engine.attention.invariant import InvariantBackend
 from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.batch import BatchInputs, build_inputs
 from textgen_engine.block_manager import BlockManager
-from textgen_engine.config import EngineConfig
+from textgen_engine.config import EngineConfig, ModelConfig
 from textgen_engine.constraints import Accepted, Constraints, as_engine_error
 from textgen_engine.detokenizer import Detokenizer, TextStream
 from textgen_engine.errors import (
@@ -36,6 +38,7 @@ from textgen_engine.errors import (
 )
 from textgen_engine.grammar import CompiledGrammar, GrammarCompiler, grammar_limits
 from textgen_engine.grammar.check import GrammarVerdict
+from textgen_engine.kernels.cpu import CpuKernels, load_kernels
 from textgen_engine.kv_cache import KVCache
 from textgen_engine.messages import EngineInfo, StepReport
 from textgen_engine.metrics import EngineGauges, StepMetrics
@@ -107,8 +110,9 @@ class Engine:
         """Load the model and allocate everything. Raises ModelLoadError or ConfigError."""
         if config.model.num_threads is not None:
             torch.set_num_threads(config.model.num_threads)
-        backend = InvariantBackend() if config.model.batch_invariant else SdpaBackend()
-        loaded = load_model(config.model, backend)
+        kernels = load_kernels(torch.get_num_threads()) if config.model.device == "cpu" else None
+        backend = _choose_backend(config.model, kernels)
+        loaded = load_model(config.model, backend, kernels)
         num_slots = config.scheduler.max_num_sequences
         longest = config.limits.max_total_tokens or loaded.max_positions
         self._sampler = Sampler(
@@ -715,6 +719,12 @@ def _ranked_outputs(choices: list[_Choice]) -> list[TokenOutput]:
         assert choice.held is not None
         outputs.append(replace(choice.held, choice=rank))
     return outputs
+
+
+def _choose_backend(config: ModelConfig, kernels: CpuKernels | None) -> AttentionBackend:
+    if config.batch_invariant:
+        return InvariantBackend()
+    return SdpaBackend() if kernels is None else CompiledBackend(kernels)
 
 
 def _derive_info(config: EngineConfig, loaded: LoadedModel, num_blocks: int) -> EngineInfo:

@@ -34,7 +34,7 @@ class _DecodeGroup:
 
 
 @dataclass
-class _Chunk:
+class Chunk:
     """A chunk of one prompt: query rows [start, start + query_len), positions [seq_len - query_len, seq_len)."""
 
     start: int
@@ -47,7 +47,7 @@ class _Chunk:
 @dataclass
 class _Plan:
     groups: list[_DecodeGroup]
-    chunks: list[_Chunk]
+    chunks: list[Chunk]
 
 
 class SdpaBackend(AttentionBackend):
@@ -80,19 +80,7 @@ class SdpaBackend(AttentionBackend):
                     positions >= lengths,
                 )
             )
-        chunks = []
-        start = metadata.num_decodes
-        for i in range(metadata.num_decodes, len(metadata.seq_lens)):
-            query_len, seq_len = metadata.query_lens[i], metadata.seq_lens[i]
-            if query_len == seq_len:
-                chunks.append(_Chunk(start, query_len, seq_len, None, None))
-            else:
-                num_blocks = -(-seq_len // block_size)
-                positions = torch.arange(seq_len, device=device)
-                visible = positions <= positions[seq_len - query_len :].view(-1, 1)
-                chunks.append(_Chunk(start, query_len, seq_len, metadata.block_tables[i, :num_blocks], visible))
-            start += query_len
-        metadata.plan = _Plan(groups, chunks)
+        metadata.plan = _Plan(groups, plan_chunks(metadata))
 
     def run(
         self,
@@ -117,19 +105,52 @@ class SdpaBackend(AttentionBackend):
                 output[: group.num_rows] = attended
             else:
                 output[group.rows] = attended
-        for chunk in plan.chunks:
-            end = chunk.start + chunk.query_len
-            output[chunk.start : end] = _prefill(
-                query[chunk.start : end],
-                key[chunk.start : end],
-                value[chunk.start : end],
-                keys,
-                values,
-                chunk,
-                scale,
-                sliding_window,
-            )
+        attend_chunks(output, query, key, value, keys, values, plan.chunks, scale, sliding_window)
         return output
+
+
+def plan_chunks(metadata: AttentionMetadata) -> list[Chunk]:
+    """The step's chunks of prompts, for `attend_chunks`."""
+    block_size = metadata.keys[0].shape[2]
+    chunks = []
+    start = metadata.num_decodes
+    for i in range(metadata.num_decodes, len(metadata.seq_lens)):
+        query_len, seq_len = metadata.query_lens[i], metadata.seq_lens[i]
+        if query_len == seq_len:
+            chunks.append(Chunk(start, query_len, seq_len, None, None))
+        else:
+            num_blocks = -(-seq_len // block_size)
+            positions = torch.arange(seq_len, device=metadata.block_tables.device)
+            visible = positions <= positions[seq_len - query_len :].view(-1, 1)
+            chunks.append(Chunk(start, query_len, seq_len, metadata.block_tables[i, :num_blocks], visible))
+        start += query_len
+    return chunks
+
+
+def attend_chunks(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    chunks: list[Chunk],
+    scale: float,
+    sliding_window: int | None,
+) -> None:
+    """Fill the chunks' rows of output [num_tokens, num_heads, value_dim]; the step's K and V are stored already."""
+    for chunk in chunks:
+        end = chunk.start + chunk.query_len
+        output[chunk.start : end] = _prefill(
+            query[chunk.start : end],
+            key[chunk.start : end],
+            value[chunk.start : end],
+            keys,
+            values,
+            chunk,
+            scale,
+            sliding_window,
+        )
 
 
 def _similar_lengths(lengths: list[int]) -> list[list[int]]:
@@ -171,7 +192,7 @@ def _prefill(
     value: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    chunk: _Chunk,
+    chunk: Chunk,
     scale: float,
     sliding_window: int | None,
 ) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Linear layers that stay fast at the row counts of batched decoding on CPUs.
 
 PyTorch's float32 linear multiplies a few rows by a large weight as if each row were alone: 8 rows cost almost 8 times
-one. The same product with the rows as columns, (W x^T)^T, reads the weight once for all of them.
+one. A compiled kernel reads the weight once for several of them. Where it cannot be compiled, the same product with the
+rows as columns, (W x^T)^T, does better than the plain one.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from textgen_engine.kernels.cpu import CpuKernels
+
 # Between these numbers of rows the turned product was faster for every layer shape tried (weights of 576 x 960 up to
 # 576 x 49152, two cores with AVX-512, MKL): at 8 rows by 1.2 to 1.6 times, at 16 and 32 by 2 to 2.7. Outside them the
 # plain form is as fast or faster.
 _LEAST_ROWS = 6
 _MOST_ROWS = 48
 _TILE_ROWS = 16
+# Up to this number of rows the compiled kernel was as fast as the best of the others or faster, for nearly all shapes.
+_MOST_COMPILED_ROWS = 48
 
 
 class CpuLinear(torch.nn.Module):
@@ -37,6 +42,20 @@ class CpuLinear(torch.nn.Module):
         return output if self.bias is None else output + self.bias
 
 
+class CompiledLinear(CpuLinear):
+    """A CpuLinear that takes the compiled kernel for few rows."""
+
+    def __init__(self, linear: torch.nn.Linear, kernels: CpuKernels) -> None:
+        super().__init__(linear)
+        self._kernels = kernels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() > _MOST_COMPILED_ROWS * self.in_features:
+            return super().forward(x)
+        rows = x.reshape(-1, self.in_features)
+        return self._kernels.linear(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+
+
 class TiledLinear(CpuLinear):
     """A CpuLinear whose result for a row is the same to the last bit, whatever rows stand beside it.
 
@@ -52,10 +71,17 @@ class TiledLinear(CpuLinear):
         return output if self.bias is None else output + self.bias
 
 
-def replace_linears(model: torch.nn.Module, *, batch_invariant: bool = False) -> int:
-    """Put a CpuLinear (or TiledLinear) in the place of every plain torch.nn.Linear, sharing its parameters; returns
-    how many."""
-    replacement = TiledLinear if batch_invariant else CpuLinear
+def replace_linears(model: torch.nn.Module, kernels: CpuKernels | None = None, *, batch_invariant: bool = False) -> int:
+    """Put a CompiledLinear (CpuLinear without kernels, TiledLinear for batch_invariant) in the place of every plain
+    torch.nn.Linear, sharing its parameters; returns how many."""
+
+    def replacement(linear: torch.nn.Linear) -> CpuLinear:
+        if batch_invariant:
+            return TiledLinear(linear)
+        if kernels is None or not linear.weight.is_contiguous():
+            return CpuLinear(linear)
+        return CompiledLinear(linear, kernels)
+
     num_replaced = 0
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

@@ -19,6 +19,7 @@ from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, A
 from textgen_engine.config import ModelConfig
 from textgen_engine.errors import ModelLoadError
 from textgen_engine.host_memory import available_bytes
+from textgen_engine.kernels.cpu import CpuKernels
 from textgen_engine.kv_cache import LayerShape
 from textgen_engine.models.cpu_linear import replace_linears
 
@@ -59,7 +60,7 @@ class LoadedModel:
     takes_logits_rows: bool
 
 
-def load_model(config: ModelConfig, backend: AttentionBackend) -> LoadedModel:
+def load_model(config: ModelConfig, backend: AttentionBackend, kernels: CpuKernels | None = None) -> LoadedModel:
     """Load weights, tokenizer and generation defaults from the folder config.model_id.
 
     Raises ModelLoadError, with one line that says what is wrong, for a folder that is missing or no checkpoint, for
@@ -99,7 +100,7 @@ def load_model(config: ModelConfig, backend: AttentionBackend) -> LoadedModel:
         eos_token_ids = tokenizer.eos_token_id
     model = model.to(device).eval().requires_grad_(False)
     if device.type == "cpu":
-        num_replaced = replace_linears(model, batch_invariant=config.batch_invariant)
+        num_replaced = replace_linears(model, kernels, batch_invariant=config.batch_invariant)
         logger.info("%s: %d linear layers replaced by CPU forms", type(model).__name__, num_replaced)
     text_config = hf_config.get_text_config()
     takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""Time one decode step of the engine (forward and greedy sampling), compiled kernels against PyTorch's operations.
+
+    decode_step.py [--model FOLDER] [--batches 1,8,32] [--context 300] [--rounds 6] [--profile] [--json results.json]
+
+Both forms are built in one process and take turns, a few steps each, so that what else the machine does falls on both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "model_repository" / "textgen" / "1"))
+
+import torch
+
+from textgen_engine import engine as engine_module
+from textgen_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from textgen_engine.engine import Engine
+from textgen_engine.request import GenerationRequest, StoppingParams
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS_A_ROUND = 5
+
+
+def make_engine(model: Path, batch: int, context: int, steps: int, threads: int, *, compiled: bool) -> Engine:
+    """An engine in which `batch` sequences of `context` tokens are decoding."""
+    config = EngineConfig(
+        model=ModelConfig(str(model), dtype="float32", num_threads=threads),
+        cache=CacheConfig(num_blocks=batch * (-(-(context + steps) // 16) + 2), prefix_caching=False),
+        scheduler=SchedulerConfig(batch, 512),
+        log_level="error",
+    )
+    if compiled:
+        engine = Engine(config, lambda report: None)
+    else:
+        with mock.patch.object(engine_module, "load_kernels", return_value=None):
+            engine = Engine(config, lambda report: None)
+    generator = torch.Generator().manual_seed(0)
+    stopping = StoppingParams(max_new_tokens=steps, ignore_eos_token=True)
+    for number in range(batch):
+        prompt = torch.randint(3, engine.info.vocab_size, (context,), generator=generator).tolist()
+        engine.submit(GenerationRequest(str(number), tuple(prompt), stopping=stopping))
+    while any(not sequence.num_output_tokens for sequence in engine._choice_of) or len(engine._choice_of) < batch:
+        engine.step()
+    return engine
+
+
+def timed_step(engine: Engine) -> float:
+    begin = time.perf_counter()
+    engine.step()
+    return (time.perf_counter() - begin) * 1000
+
+
+def profile(engine: Engine) -> dict[str, float]:
+    """Milliseconds of one step by PyTorch operation (the profiler itself slows the step; compiled kernels are not
+    operations of PyTorch and appear only in the difference to the whole)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        for _ in range(STEPS_A_ROUND):
+            engine.step()
+    events = sorted(recorded.key_averages(), key=lambda event: -event.self_cpu_time_total)[:12]
+    return {event.key: round(event.self_cpu_time_total / 1000 / STEPS_A_ROUND, 2) for event in events}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "models" / "smollm2-135m-instruct")
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--context", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    results: dict[str, Any] = {
+        "machine": {"cpu": platform.processor() or platform.machine(), "threads": options.threads},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "context": options.context,
+        "batches": {},
+    }
+    print("| sequences | PyTorch ms | compiled ms | ratio (median, quartiles) |\n|---|---|---|---|", flush=True)
+    for batch in map(int, options.batches.split(",")):
+        steps = (options.rounds + 2) * STEPS_A_ROUND + 40 + batch * options.context // 256
+        arguments = (options.model, batch, options.context, steps, options.threads)
+        plain, compiled = (make_engine(*arguments, compiled=form) for form in (False, True))
+        times: dict[str, list[float]] = {"pytorch_ms": [], "compiled_ms": []}
+        ratios = []
+        for round_number in range(options.rounds + 1):
+            pair = [[timed_step(engine) for _ in range(STEPS_A_ROUND)] for engine in (plain, compiled)]
+            if round_number:  # the first one warms up
+                times["pytorch_ms"] += pair[0]
+                times["compiled_ms"] += pair[1]
+                ratios.append(statistics.median(pair[0]) / statistics.median(pair[1]))
+        entry: dict[str, Any] = {name: [round(value, 2) for value in values] for name, values in times.items()}
+        entry["ratios"] = [round(ratio, 3) for ratio in ratios]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        medians = [statistics.median(values) for values in times.values()]
+        print(f"| {batch} | {medians[0]:.1f} | {medians[1]:.1f} | {middle:.2f} ({low:.2f} to {high:.2f}) |", flush=True)
+        if options.profile:
+            entry["profile_ms"] = {"pytorch": profile(plain), "compiled": profile(compiled)}
+            print(json.dumps(entry["profile_ms"], indent=1), flush=True)
+        results["batches"][batch] = entry
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
