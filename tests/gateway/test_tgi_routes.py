@@ -10,7 +10,7 @@ import httpx
 import pytest
 import text_generation
 
-from .conftest import Gateway
+from .running_gateway import Gateway
 
 PROMPT = "the quick brown fox"
 

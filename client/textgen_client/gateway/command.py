@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -92,6 +93,9 @@ def serve(
         "ssl_keyfile": tls_key,
         "server_header": False,
     }
+    # uvicorn drains on SIGTERM and SIGINT, then sends itself the signal again; ending well is all that is left to do.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: None)
     if workers == 1:
         uvicorn.run(make_app(settings), **options)  # type: ignore[arg-type]
     else:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 _CALL = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*', re.DOTALL)
-_State = Literal["start", "reasoning", "content", "call", "arguments", "done"]
+_State = Literal["start", "reasoning", "answer", "content", "call", "arguments", "done"]
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
@@ -47,6 +47,8 @@ class MessageReader:
             self._begin(is_last)
         if self._state == "reasoning":
             reasoning = self._reasoning(is_last)
+        if self._state == "answer":
+            self._begin(is_last)
         if self._state == "content":
             content, self._text = self._text, ""
             return Piece(content=content, reasoning=reasoning)
@@ -59,19 +61,22 @@ class MessageReader:
     def _begin(self, is_last: bool) -> None:
         """Decide by the first characters what the text is."""
         visible = self._text.lstrip()
-        if visible.startswith(_OPEN):
-            self._text = visible[len(_OPEN) :].lstrip("\n")
+        may_think = self._state == "start"
+        if may_think and visible.startswith(_OPEN):
+            self._text = visible[len(_OPEN) :]
             self._state = "reasoning"
         elif self._may_call and visible.startswith("{"):
             self._state = "call"
-        elif is_last or (visible and not _OPEN.startswith(visible)):
+        elif is_last or (visible and not (may_think and _OPEN.startswith(visible))):
+            if not may_think:
+                self._text = self._text.lstrip("\n")
             self._state = "content"
 
     def _reasoning(self, is_last: bool) -> str:
         before, mark, after = self._text.partition(_CLOSE)
         if mark:
-            self._text = after.lstrip("\n")
-            self._state = "call" if self._may_call and self._text.startswith("{") else "content"
+            self._text = after
+            self._state = "answer"  # what follows the reasoning
             return before
         held = 0 if is_last else _overlap(before, _CLOSE)
         self._text = before[len(before) - held :]
@@ -91,6 +96,8 @@ class MessageReader:
 
     def _arguments(self) -> str:
         """The arguments' text so far, without the brace that closes the call."""
+        if not self._depth:
+            self._text = self._text.lstrip()
         for position, character in enumerate(self._text):
             if self._in_string:
                 if self._escaped:

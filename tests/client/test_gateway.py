@@ -1,0 +1,292 @@
+"""What the gateway does beside its routes, against a scripted Triton: keys, sizes, ids, traces, clients that leave,
+the end of a drained gateway, statuses for failures that a healthy server does not show."""
+
+from __future__ import annotations
+
+import json
+import signal
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+import trustme
+from tritonclient.grpc import service_pb2_grpc
+
+from textgen_client.gateway.message import MessageReader, Piece
+from textgen_client.gateway.settings import read_api_keys
+
+from ..gateway.running_gateway import Gateway, running_gateway
+from .fake_triton import Call, FakeTriton, Script, echo, response
+
+KEYED = {"Authorization": "Bearer second-key"}
+ROUTES = ["/", "/generate", "/generate_stream", "/invocations", "/vertex", "/tokenize", "/chat_tokenize"]
+ROUTES += ["/v1/completions", "/v1/chat/completions"]
+OPEN = ["/health", "/ping", "/info", "/v1/models", "/api-doc/openapi.json"]
+
+
+@pytest.fixture(scope="module")
+def triton() -> Iterator[FakeTriton]:
+    fake = FakeTriton()
+    server = grpc.server(ThreadPoolExecutor(max_workers=16))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(fake, server)
+    fake.url = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    yield fake
+    server.stop(grace=None).wait()
+
+
+@pytest.fixture(scope="module")
+def gateway(triton: FakeTriton, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    folder = tmp_path_factory.mktemp("gateway")
+    keys = folder / "keys"
+    keys.write_text("# keys of two teams\nfirst-key\n\nsecond-key\n")
+    arguments = ["--api-key-file", str(keys), "--cors-allow-origin", "https://app.example"]
+    with running_gateway(folder, triton.url, "http://127.0.0.1:1/metrics", *arguments) as running:
+        yield running
+
+
+@pytest.fixture
+def http(gateway: Gateway, triton: FakeTriton) -> Iterator[httpx.Client]:
+    triton.calls.clear()
+    triton.script = echo
+    with httpx.Client(base_url=gateway.url, timeout=20, headers=KEYED) as client:
+        yield client
+
+
+def silent(request: Any, call: Call) -> Iterator[Any]:
+    """Nothing until the client leaves."""
+    call.left.wait(20)
+    yield from ()
+
+
+def failing(text: str) -> Script:
+    def script(request: Any, call: Call) -> Iterator[Any]:
+        yield response(final=True, error=text)
+
+    return script
+
+
+def body(**more: Any) -> dict[str, Any]:
+    return {"inputs": "a b c", **more}
+
+
+def test_57_keys_guard_what_costs(http: httpx.Client) -> None:
+    wrong = [{}, {"Authorization": "Bearer Second-key"}, {"Authorization": "second-key"}, {"Authorization": "Bearer"}]
+    with httpx.Client(base_url=http.base_url) as unkeyed:
+        for route in ROUTES:
+            for headers in wrong:
+                refused = unkeyed.post(route, json=body(), headers=headers)
+                assert refused.status_code == 401, (route, headers)
+                assert refused.headers["www-authenticate"] == "Bearer"
+        assert [unkeyed.get(route).status_code for route in OPEN] == [200] * len(OPEN)
+        assert unkeyed.get("/metrics").status_code == 503  # open; it is Triton's that are missing here
+    for key in ("first-key", "second-key"):
+        assert http.post("/generate", json=body(), headers={"Authorization": f"bearer {key}"}).status_code == 200
+
+
+def test_browsers_may_send_their_key(http: httpx.Client) -> None:
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    with httpx.Client(base_url=http.base_url) as browser:
+        allowed = browser.options("/v1/chat/completions", headers={"Origin": "https://app.example", **asked})
+        assert allowed.status_code == 200
+        assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
+        refused = browser.post("/generate", json=body(), headers={"Origin": "https://app.example"})
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "https://app.example"
+        assert browser.options("/generate", headers={"Origin": "https://evil.example", **asked}).status_code == 400
+
+
+def test_58_ids_and_traces_travel_and_are_logged(http: httpx.Client, gateway: Gateway, triton: FakeTriton) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    given = {"X-Request-Id": "order-66", "traceparent": trace, "tracestate": "a=b"}
+    answer = http.post("/generate", json=body(), headers=given)
+    assert answer.headers["x-request-id"] == "order-66"
+    (call,) = triton.calls
+    assert call.request.id == "order-66"
+    assert (call.metadata["traceparent"], call.metadata["tracestate"]) == (trace, "a=b")
+    unsafe = http.post("/generate", json=body(), headers={"X-Request-Id": "a b\t<>"})
+    assert unsafe.headers["x-request-id"] == triton.calls[1].request.id != "a b\t<>"
+    deadline = time.monotonic() + 5
+    while not (lines := [line for line in gateway.log_lines() if line["request_id"] == "order-66"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    (line,) = lines
+    assert (line["method"], line["path"], line["status"], line["traceparent"]) == ("POST", "/generate", 200, trace)
+    assert line["bytes"] == len(answer.content)
+    assert "second-key" not in gateway.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "kind"),
+    [
+        ("Model is overloaded: 64 requests are admitted", 429, "overloaded"),
+        ("Request failed during generation: the engine died", 424, "generation"),
+        ("Model is not ready: starting", 503, "healthcheck"),
+        ("Request timeout: 1 s", 408, "timeout"),
+        ("Template error: no", 422, "template_error"),
+        ("Tool error: no", 422, "tool_error"),
+        ("Input validation error: no", 422, "validation"),
+        ("something unheard of", 424, "generation"),
+    ],
+)
+def test_failures_have_their_status(http: httpx.Client, triton: FakeTriton, text: str, status: int, kind: str) -> None:
+    triton.script = failing(text)
+    alone = http.post("/generate", json=body())
+    assert (alone.status_code, alone.json()["error_type"]) == (status, kind)
+    assert ("retry-after" in alone.headers) == (status in (429, 503))
+    stream = http.post("/generate_stream", json=body())
+    assert stream.status_code == 200
+    assert json.loads(stream.text.removeprefix("data: "))["error_type"] == kind
+    chat = {"messages": [{"role": "user", "content": "a"}], "stream": True}
+    refused = http.post("/v1/chat/completions", json=chat)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (status, kind)
+
+
+def test_a_stream_that_fails_midway_says_so(http: httpx.Client, triton: FakeTriton) -> None:
+    def script(request: Any, call: Call) -> Iterator[Any]:
+        yield response(text_output="a ", finish_reason="None")
+        yield response(final=True, error="Request failed during generation: the engine died")
+
+    triton.script = script
+    blocks = http.post("/v1/completions", json={"prompt": "a", "stream": True}).text.split("\n\n")
+    assert json.loads(blocks[0].removeprefix("data: "))["choices"][0]["text"] == "a "
+    assert json.loads(blocks[1].removeprefix("data: "))["error"]["code"] == "generation"
+    assert blocks[2:] == ["data: [DONE]", ""]
+
+
+@pytest.mark.parametrize(
+    ("route", "more"),
+    [
+        ("/generate", {}),
+        ("/generate_stream", {}),
+        ("/vertex", {"instances": [{"inputs": "a"}]}),
+        ("/v1/completions", {"prompt": ["a", "b"]}),
+        ("/v1/completions", {"prompt": ["a", "b"], "stream": True}),
+    ],
+)
+def test_who_leaves_before_the_first_token_is_cancelled(
+    http: httpx.Client, triton: FakeTriton, route: str, more: dict[str, Any]
+) -> None:
+    triton.script = silent
+    with pytest.raises(httpx.ReadTimeout):
+        http.post(route, json=more or body(), timeout=0.3)
+    assert triton.calls
+    assert all(call.left.wait(2) for call in triton.calls)
+
+
+def test_who_leaves_a_stream_is_cancelled(http: httpx.Client, triton: FakeTriton) -> None:
+    def script(request: Any, call: Call) -> Iterator[Any]:
+        while not call.left.wait(0.01):
+            yield response(text_output="a ", finish_reason="None")
+
+    triton.script = script
+    with http.stream("POST", "/v1/completions", json={"prompt": "a", "stream": True}) as stream:
+        assert next(stream.iter_lines()).startswith("data: {")
+    assert triton.calls[0].left.wait(2)
+
+
+def test_a_slow_reader_holds_its_stream_not_the_memory(http: httpx.Client, triton: FakeTriton) -> None:
+    """What is not read stays with whoever makes it: the maker comes to a stop after some megabytes."""
+    made = 0
+
+    def script(request: Any, call: Call) -> Iterator[Any]:
+        nonlocal made
+        while not call.left.is_set():
+            made += 1
+            yield response(text_output="a" * 100_000, finish_reason="None")
+
+    triton.script = script
+    with http.stream("POST", "/v1/completions", json={"prompt": "a", "stream": True}):
+        before = -1
+        while made != before:
+            before = made
+            time.sleep(0.3)
+        assert 0 < made < 300
+    assert triton.calls[0].left.wait(5)
+
+
+def _accepts(url: str) -> bool:
+    try:
+        httpx.get(url + "/info")
+    except httpx.ConnectError:
+        return False
+    return True
+
+
+def test_48_a_drained_gateway_finishes_its_streams(triton: FakeTriton, tmp_path: Any) -> None:
+    go_on = threading.Event()
+
+    def script(request: Any, call: Call) -> Iterator[Any]:
+        yield response(text_output="first ", finish_reason="None")
+        go_on.wait(10)
+        yield response(final=True, text_output="last", finish_reason="eos_token")
+
+    triton.script = script
+    with running_gateway(tmp_path, triton.url, "http://127.0.0.1:1") as gateway, httpx.Client() as client:
+        asked = {"prompt": "a", "stream": True}
+        with client.stream("POST", gateway.url + "/v1/completions", json=asked) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            gateway.process.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 5
+            while _accepts(gateway.url):
+                assert time.monotonic() < deadline
+            go_on.set()
+            rest = list(lines)
+        assert '"text":"last"' in rest[1]
+        assert "data: [DONE]" in rest
+        assert gateway.process.wait(5) == 0
+
+
+def test_tls_and_workers(triton: FakeTriton, tmp_path: Any) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    key, chain = tmp_path / "key.pem", tmp_path / "chain.pem"
+    certificate.private_key_pem.write_to_path(key)
+    chain.write_bytes(b"".join(blob.bytes() for blob in certificate.cert_chain_pems))
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    arguments = ["--tls-key", str(key), "--tls-certificate", str(chain), "--workers", "2"]
+    with running_gateway(tmp_path, triton.url, "http://127.0.0.1:1", *arguments) as gateway:
+        assert httpx.get(gateway.url + "/info", verify=context, timeout=20).status_code == 200
+
+
+def test_keys_are_read_from_both_places(tmp_path: Any) -> None:
+    file = tmp_path / "keys"
+    file.write_text("c\n#d\n a \n")
+    assert read_api_keys("a, b,", file) == ("a", "b", "c")
+    assert read_api_keys(None, None) == ()
+
+
+CALL = '{"name": "f", "arguments": {"a": "}\\"{", "b": [1, {}]}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain { text", Piece(content="plain { text")),
+        (CALL, Piece(name="f", arguments='{"a": "}\\"{", "b": [1, {}]}')),
+        (CALL[:20], Piece(content=CALL[:20])),
+        (CALL[:35], Piece(name="f", arguments='{"a": "}')),
+        ("<think>so </thi</think>\nyes", Piece(content="yes", reasoning="so </thi")),
+        ("<think>never ends", Piece(reasoning="never ends")),
+        ("<think>call it</think>" + CALL, Piece(reasoning="call it", name="f", arguments=CALL[27:-1])),
+        ("<thin", Piece(content="<thin")),
+        ("", Piece()),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_messages_are_taken_apart_alike_in_any_pieces(text: str, expected: Piece, size: int) -> None:
+    reader = MessageReader(may_call=True)
+    cuts = [text[start : start + size] for start in range(0, len(text), size)]
+    pieces = [reader.read(cut) for cut in cuts] + [reader.read("", is_last=True)]
+    names = [piece.name for piece in pieces if piece.name is not None]
+    assert names == ([] if expected.name is None else [expected.name])
+    for field in ("content", "reasoning", "arguments"):
+        assert "".join(getattr(piece, field) for piece in pieces) == getattr(expected, field)
