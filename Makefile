@@ -62,10 +62,10 @@ $(STAMPS)/torch: $(STAMPS)/venv pyproject.toml
 	@$(PIP) ".[$(COMPUTE)]"
 	@touch $@
 
-$(STAMPS)/packages: $(STAMPS)/torch requirements/no-deps.txt pyproject.toml $(CLIENT)
+$(STAMPS)/packages: $(STAMPS)/torch requirements/no-deps.txt requirements/dev-no-deps.txt pyproject.toml $(CLIENT)
 	@echo "[3/4] installing tritonserver, transformers and the tools"
 	@$(PIP) ".[server,dev]" $(if $(CLIENT),-e './client[gateway]')
-	@$(PIP) --no-deps -r requirements/no-deps.txt
+	@$(PIP) --no-deps -r requirements/no-deps.txt -r requirements/dev-no-deps.txt
 	@touch $@
 
 # Without a compiler the engine does without; with one it would otherwise compile at its first start.

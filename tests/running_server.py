@@ -39,8 +39,8 @@ READY_WITHIN_S = 180.0
 class RunningServer:
     """One `scripts/serve.py` and what is below it.
 
-    grpc_url is host:port, http_url and metrics_url carry the scheme; they exist once it is ready. `log` is the
-    server's log, `output` what the launcher printed.
+    grpc_url is host:port, http_url, metrics_url and gateway_url (None without `--gateway-port`) carry the scheme; they
+    exist once it is ready. `log` is the server's log, `output` what the launcher printed.
     """
 
     def __init__(self, folder: Path, environment: dict[str, str], arguments: tuple[str, ...] = ()) -> None:
@@ -49,6 +49,8 @@ class RunningServer:
         self.ready_file = folder / "ready.json"
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("TEXTGEN_")}
         command = [sys.executable, str(SERVE), "--host", "127.0.0.1", "--no-demo"]
+        # Few tests need a gateway, and each start of one takes a core for a second.
+        command += ["--no-gateway"] if "--gateway-port" not in arguments else []
         command += ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
         command += ["--ready-file", str(self.ready_file), "--log-file", str(self.log), *arguments]
         with self.output.open("wb") as output:
@@ -69,6 +71,7 @@ class RunningServer:
         self.grpc_url = f"127.0.0.1:{ready['grpc_port']}"
         self.http_url = f"http://127.0.0.1:{ready['http_port']}"
         self.metrics_url = f"http://127.0.0.1:{ready['metrics_port']}/metrics"
+        self.gateway_url = f"http://127.0.0.1:{ready['gateway_port']}" if ready["gateway_port"] else None
         self._server_pid: int = ready["pids"]["tritonserver"][0]
         return self
 

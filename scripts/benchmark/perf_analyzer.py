@@ -138,7 +138,8 @@ def running_server(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     with tempfile.TemporaryDirectory(prefix="textgen-bench-") as folder:
         ready = Path(folder) / "ready.json"
         command = [sys.executable, str(_REPOSITORY_ROOT / "scripts" / "serve.py"), "--no-demo", "--host", "127.0.0.1"]
-        command += ["--http-port=0", "--grpc-port=0", "--metrics-port=0", f"--ready-file={ready}", *arguments]
+        command += ["--http-port=0", "--grpc-port=0", "--metrics-port=0", "--no-gateway"]
+        command += [f"--ready-file={ready}", *arguments]
         server = subprocess.Popen(command)
         try:
             while not ready.exists():

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from textgen_engine import host_memory
-from textgen_serve import checkpoint, demo_model, options, probe, processes, ready_file
+from textgen_serve import checkpoint, demo_model, gateway, options, probe, processes, ready_file
 from textgen_serve.errors import ServeError
 from textgen_serve.log import LogFollower, LogLine
 from textgen_serve.runtime import find_runtime
@@ -39,6 +39,8 @@ class LaunchOptions:
     http_port: int
     grpc_port: int
     metrics_port: int
+    gateway: bool
+    gateway_port: int
     ready_file: Path | None
     demo: bool
     graceful_termination_timeout: int
@@ -67,29 +69,39 @@ class Launcher:
         self._log = LogFollower(self._log_file)
         self._num_stops = 0
         self._ready = False
+        self._gateway: gateway.Gateway | None = None
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM. A second signal stops at once."""
         with contextlib.suppress(_StopRequested):
             # Until there is a server to stop in order, a signal may interrupt anything.
             _on_stop_signals(_raise_stop)
+            if self._launch.gateway:
+                gateway.check_installed()
             model = self._model_folder()
+            model_id = (os.environ | self._environment).get("MODEL_ID") or model.name
             self._environment["MODEL_ID"] = str(model)
             runtime = find_runtime(self._launch.cache_dir)
             launch = self._launch
-            ports = choose_ports(launch.host, launch.http_port, launch.grpc_port, launch.metrics_port)
+            ports = choose_ports(
+                launch.host,
+                launch.http_port,
+                launch.grpc_port,
+                launch.metrics_port,
+                launch.gateway_port if launch.gateway else None,
+            )
             _on_stop_signals(self._count_stop)
             server = TritonServer(runtime, self._server_options(ports), self._environment)
             try:
                 try:
-                    self._serve(server, ports, model.name)
+                    self._serve(server, ports, model.name, model_id)
                 finally:
                     if launch.ready_file is not None:
                         ready_file.remove(launch.ready_file)
             except _StopRequested:
                 self._stop(server)
             except BaseException:
-                server.kill()
+                server.kill()  # and with it everything below this process
                 raise
 
     def _count_stop(self, _number: int, _frame: object) -> None:
@@ -139,12 +151,17 @@ class Launcher:
 
     # ---- while it runs ----------------------------------------------------------------------------------------------
 
-    def _serve(self, server: TritonServer, ports: Ports, model: str) -> None:
+    def _serve(self, server: TritonServer, ports: Ports, model: str, model_id: str) -> None:
         """Never returns: ends by _StopRequested or ServeError."""
         self._wait_until_ready(server, ports, model)
+        if ports.gateway is not None:
+            self._start_gateway(server, ports, model_id)
         self._ready = True
         if self._launch.ready_file is not None:
-            ready_file.write(self._launch.ready_file, ports, processes.pids_by_role(server.pid))
+            pids = processes.pids_by_role(server.pid)
+            if self._gateway is not None:
+                pids["gateway"] = [self._gateway.pid]
+            ready_file.write(self._launch.ready_file, ports, pids)
         self._announce(ports)
         if self._launch.demo:
             self._demonstrate(server, ports)
@@ -156,6 +173,10 @@ class Launcher:
         time.sleep(_POLL_S)
         if self._num_stops:
             raise _StopRequested
+        if self._gateway is not None and self._gateway.exit_code() is not None:
+            raise ServeError(
+                f"the gateway ended (exit code {self._gateway.exit_code()}); the server's log: {self._log_file}"
+            )
         # The status first: what the server wrote before it ended is then in the log.
         ended = server.exit_status()
         for line in self._log.read():
@@ -191,10 +212,23 @@ class Launcher:
             raise ServeError(f"the server loaded, but a first request failed: {first.error}")
         self._terminal.heading(f"ready after {elapsed_s:.1f} s")
 
+    def _start_gateway(self, server: TritonServer, ports: Ports, model_id: str) -> None:
+        """Only now: who can connect to it is served, as with Text Generation Inference."""
+        launch = self._launch
+        environment = os.environ | self._environment
+        environment.setdefault("COMPUTE_TYPE", "gpu+optimized" if checkpoint.has_gpu() else "cpu")
+        self._gateway = gateway.Gateway(
+            launch.host, ports, model_id, launch.graceful_termination_timeout, self._log_file, environment
+        )
+        while not self._gateway.answers(_reachable(launch.host)):
+            self._look(server)
+
     def _announce(self, ports: Ports) -> None:
         host = _reachable(self._launch.host)
         say = self._terminal.say
         say(f"  HTTP     http://{host}:{ports.http}")
+        if ports.gateway is not None:
+            say(f"  gateway  http://{host}:{ports.gateway} (routes of TGI and of OpenAI, /docs)")
         say(f"  gRPC     {host}:{ports.grpc}")
         say(f"  metrics  http://{host}:{ports.metrics}/metrics")
         say(f"  log      {self._log_file}")
@@ -229,6 +263,8 @@ class Launcher:
     def _stop(self, server: TritonServer) -> None:
         drain = f", running requests get up to {self._launch.graceful_termination_timeout} s" if self._ready else ""
         self._terminal.say(f"stopping{drain}; Ctrl-C again ends it at once")
+        if self._gateway is not None:
+            self._gateway.stop(give_up=lambda: self._num_stops > 1)
         server.stop(drain=self._ready, give_up=lambda: self._num_stops > 1)
         if self._launch.log_file is None:
             # A log that nobody asked for is kept only to explain a failure.

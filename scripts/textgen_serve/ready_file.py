@@ -16,6 +16,7 @@ def write(path: Path, ports: Ports, pids: dict[str, list[int]]) -> None:
         "http_port": ports.http,
         "grpc_port": ports.grpc,
         "metrics_port": ports.metrics,
+        "gateway_port": ports.gateway,
         "pids": pids,
     }
     descriptor, staging = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)

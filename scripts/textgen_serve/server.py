@@ -26,11 +26,12 @@ _ADMIN_APIS = "model-repository,model-config,shared-memory,trace,logging"
 
 @dataclass(frozen=True)
 class Ports:
-    """The three listeners of a server."""
+    """The listeners of a server, and of the gateway where there is one."""
 
     http: int
     grpc: int
     metrics: int
+    gateway: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,17 @@ class ServerOptions:
     extra_arguments: tuple[str, ...] = ()
 
 
-def choose_ports(host: str, http: int, grpc: int, metrics: int) -> Ports:
+def choose_ports(host: str, http: int, grpc: int, metrics: int, gateway: int | None = None) -> Ports:
     """The ports asked for, with a free one for each 0; ServeError names one that is in use.
 
-    All three are held at once while choosing, so they differ; they are free again on return.
+    All are held at once while choosing, so they differ; they are free again on return.
     """
     chosen = []
     with ExitStack() as held:
-        for option, port in (("--http-port", http), ("--grpc-port", grpc), ("--metrics-port", metrics)):
+        wanted = [("--http-port", http), ("--grpc-port", grpc), ("--metrics-port", metrics)]
+        if gateway is not None:
+            wanted.append(("--gateway-port", gateway))
+        for option, port in wanted:
             listener = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
             # As a server does: a port whose last connections are still closing is free.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

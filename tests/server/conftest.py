@@ -48,6 +48,7 @@ model_transaction_policy { decoupled: true }
 input [
   { name: "text_input" data_type: TYPE_STRING dims: [1] optional: true },
   { name: "messages" data_type: TYPE_STRING dims: [1] optional: true },
+  { name: "sampling_parameters" data_type: TYPE_STRING dims: [1] optional: true },
   { name: "stream" data_type: TYPE_BOOL dims: [1] optional: true },
   { name: "return_finish_reason" data_type: TYPE_BOOL dims: [1] optional: true },
   { name: "return_num_input_tokens" data_type: TYPE_BOOL dims: [1] optional: true },

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 SERVE = Path(__file__).resolve().parents[2] / "scripts" / "serve.py"
 SHARED_MEMORY = Path("/dev/shm")
-FREE_PORTS = ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
+FREE_PORTS = ["--http-port=0", "--grpc-port=0", "--metrics-port=0", "--no-gateway"]
 
 StartToy = Callable[..., "RunningServer"]
 
@@ -105,11 +105,35 @@ def test_ready_file_tells_ports_and_processes_and_the_first_request_succeeds(sta
     running = start_toy(TOY_LOAD_S="0.5")
     assert len(_generate(running, text_input="x", stream=True)) == 10
     ready = json.loads(running.ready_file.read_text())
-    assert ready.keys() == {"http_port", "grpc_port", "metrics_port", "pids"}
+    assert ready.keys() == {"http_port", "grpc_port", "metrics_port", "gateway_port", "pids"}
+    assert ready["gateway_port"] is None
     assert ready["pids"].keys() == {"tritonserver", "textgen", "engine"}
     assert ready["pids"] == running.pids
     assert all(psutil.pid_exists(pid) for pids in ready["pids"].values() for pid in pids)
     assert running.metric("nv_inference_request_success", model="textgen") >= 1
+
+
+def test_the_gateway_is_started_announced_and_drained_with_the_rest(start_toy: StartToy, no_leftovers: None) -> None:
+    running = start_toy("--gateway-port", "0", TOY_TOKEN_S="0.1")
+    assert running.gateway_url is not None
+    assert running.gateway_url in running.output.read_text()
+    (gateway,) = json.loads(running.ready_file.read_text())["pids"]["gateway"]
+    body = json.dumps({"prompt": "x", "stream": True}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{running.gateway_url}/v1/completions", body, headers, method="POST")
+    with urllib.request.urlopen(request, timeout=30) as stream:
+        first = stream.readline()
+        running.launcher.send_signal(signal.SIGTERM)
+        assert (first + stream.read()).count(b'"text":"toy "') == 10
+    assert running.launcher.wait(60) == 0
+    assert not psutil.pid_exists(gateway)
+
+
+def test_a_gateway_that_dies_ends_the_server(start_toy: StartToy, no_leftovers: None) -> None:
+    running = start_toy("--gateway-port", "0")
+    os.kill(json.loads(running.ready_file.read_text())["pids"]["gateway"][0], signal.SIGKILL)
+    assert running.launcher.wait(60) == 1
+    assert "the gateway ended" in running.output.read_text()
 
 
 def test_output_names_the_endpoints(start_toy: StartToy) -> None:
