@@ -21,6 +21,7 @@ LAYERS = [
     {
         "errors",
         "config",
+        "logs",
         "metrics",
         "sampling.params",
         "grammar.base",

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import triton_io
 import triton_python_backend_utils as pb_utils
+import triton_request_log
 from triton_metrics import MetricsPublisher
 from triton_responder import LiveRequest, Responder
 
@@ -37,6 +38,7 @@ from textgen_engine.errors import (
     NotReady,
     Overloaded,
 )
+from textgen_engine.logs import configure_logging
 from textgen_engine.messages import StepReport
 from textgen_engine.parameters import ParameterLimits
 from textgen_engine.process import EngineClient, EngineState
@@ -55,7 +57,7 @@ class TritonPythonModel:
         """Start the engine's process and wait until the model is loaded."""
         try:
             self._config = _read_config(args)
-            logging.basicConfig(level=self._config.log_level.upper(), format="textgen: %(levelname)s %(message)s")
+            configure_logging(self._config.log_level, as_json=self._config.json_output, source="textgen")
             self._engine = EngineClient(self._config, self._on_report)
             self._info = self._engine.start()
         except (ConfigError, ModelLoadError) as error:
@@ -93,7 +95,7 @@ class TritonPythonModel:
             elif self._responder.num_live >= limit and not _is_cancel(request):
                 self._metrics.count("tgi_request_count")
                 error = Overloaded(f"{limit} requests are live (max_concurrent_requests)")
-                self._metrics.note_failure(error)
+                self._note_failure(live, error)
                 self._answer_at_once(live, error)
             else:
                 self._responder.add(live)
@@ -184,7 +186,11 @@ class TritonPythonModel:
 
     def _fail(self, live: LiveRequest, error: EngineError) -> None:
         if self._responder.fail(live, error):
-            self._metrics.note_failure(error)
+            self._note_failure(live, error)
+
+    def _note_failure(self, live: LiveRequest, error: EngineError) -> None:
+        self._metrics.note_failure(error)
+        triton_request_log.note_failed(live, error)
 
     def _answer_at_once(self, live: LiveRequest, error: EngineError) -> None:
         triton_io.send(live.sender, triton_io.error_response(error), final=True)
@@ -194,8 +200,9 @@ class TritonPythonModel:
     def _on_report(self, report: StepReport) -> None:
         for live in self._responder.deliver(report):
             if live.error is not None:
-                self._metrics.note_failure(live.error)
+                self._note_failure(live, live.error)
                 continue
+            triton_request_log.note_answered(live)
             self._metrics.note_success(
                 live.timings,
                 num_input=live.num_input_tokens,

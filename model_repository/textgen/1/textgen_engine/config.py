@@ -192,6 +192,7 @@ OPTIONS: tuple[Option, ...] = (
         minimum=1,
     ),
     _tgi("log_level", str, "info", "what is logged", choices=("debug", "info", "warning", "error")),
+    _tgi("json_output", bool, False, "log lines as JSON objects"),
 )
 
 # Options of TGI's launcher that mean something here but that this version cannot honour: name -> harmless values.
@@ -317,6 +318,7 @@ class EngineConfig:
     watermark: WatermarkConfig = WatermarkConfig()
     grammar: GrammarConfig = GrammarConfig()
     log_level: str = "info"
+    json_output: bool = False
 
 
 def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, has_gpu: bool = False) -> EngineConfig:
@@ -406,6 +408,7 @@ def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, h
             cache_bytes=values["grammar_cache_mib"] << 20,
         ),
         log_level=values["log_level"],
+        json_output=values["json_output"],
     )
 
 

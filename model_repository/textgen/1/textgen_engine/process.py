@@ -39,6 +39,7 @@ from textgen_engine.errors import (
     ModelLoadError,
     NotReady,
 )
+from textgen_engine.logs import configure_logging
 from textgen_engine.messages import EngineInfo, StepReport
 from textgen_engine.request import GenerationRequest, TokenOutput
 
@@ -364,7 +365,7 @@ def main(file_descriptor: int) -> int:
     connection = Connection(file_descriptor)
     config = connection.recv()
     assert isinstance(config, EngineConfig)
-    logging.basicConfig(level=config.log_level.upper(), format="textgen engine: %(levelname)s %(message)s")
+    configure_logging(config.log_level, as_json=config.json_output, source="textgen engine")
 
     from textgen_engine.engine import Engine  # here, so that the caller's process never imports torch
 
