@@ -242,6 +242,8 @@ def test_errors_are_openais_classes(client: openai.OpenAI) -> None:
     with pytest.raises(openai.UnprocessableEntityError) as wrong:
         client.chat.completions.create(messages=MESSAGES, max_tokens=100000, stream=True, **GREEDY)
     assert wrong.value.code == "validation"
+    with pytest.raises(openai.UnprocessableEntityError):
+        client.chat.completions.create(messages=MESSAGES, n=10**15, **GREEDY)
     with pytest.raises(openai.NotFoundError) as unknown:
         client.chat.completions.create(messages=MESSAGES, model="gpt-unknown")
     assert unknown.value.code == "model_not_found"

@@ -162,6 +162,14 @@ def test_60_what_is_served(http: httpx.Client) -> None:
     assert http.get("/docs").status_code == 200
 
 
+def test_the_chat_page_loads_nothing_from_elsewhere(http: httpx.Client) -> None:
+    page = http.get("/chat")
+    assert page.headers["content-type"].startswith("text/html")
+    assert page.headers["content-security-policy"].startswith("default-src 'none'")
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+
+
 def test_50_metrics_count_requests(http: httpx.Client) -> None:
     def count() -> float:
         lines = http.get("/metrics").text.splitlines()

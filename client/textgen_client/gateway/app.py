@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from textgen_client.gateway import access, errors, openai, tgi
+from textgen_client.gateway import access, chat_page, errors, openai, tgi
 from textgen_client.gateway.backend import Backend
 from textgen_client.gateway.settings import VERSION, GatewaySettings
 
@@ -45,6 +45,7 @@ def make_app(settings: GatewaySettings) -> FastAPI:
     )
     app.include_router(tgi.router)
     app.include_router(openai.router)
+    app.include_router(chat_page.router)
     errors.install(app)
     # The last one added is the first one passed.
     app.add_middleware(access.BodyLimit, limit_bytes=settings.payload_limit)

@@ -60,7 +60,8 @@ class _Common(BaseModel):
     max_tokens: Annotated[int, Field(ge=1, strict=True)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, strict=True)] | None = None
+    # OpenAI's bound; the server's own (max_best_of) is lower. A message reader is made for each.
+    n: Annotated[int, Field(ge=1, le=128, strict=True)] | None = None
     stop: str | list[str] | None = None
     seed: Annotated[int, Field(strict=True)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None

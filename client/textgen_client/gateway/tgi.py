@@ -225,9 +225,17 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         503: "the model is not ready",
     }.items()
 }
-_STREAMS: dict[int | str, dict[str, Any]] = {
+_STREAM: dict[int | str, dict[str, Any]] = {
     **ERRORS,
-    200: {"description": "the answer, or a stream of events", "content": {"text/event-stream": {}}},
+    200: {"description": "a stream of events", "content": {"text/event-stream": {}}},
+}
+_EITHER: dict[int | str, dict[str, Any]] = {
+    **ERRORS,
+    404: {"model": ErrorResponse, "description": "no such model"},
+    200: {
+        "description": "the answer, or a stream of events",
+        "content": {"application/json": {"schema": {}}, "text/event-stream": {}},
+    },
 }
 
 
@@ -238,13 +246,13 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
     return JSONResponse(answered.body, headers=answered.headers)
 
 
-@router.post("/generate_stream", responses=_STREAMS, response_class=Response)
+@router.post("/generate_stream", responses=_STREAM, response_class=Response)
 async def generate_stream(request: Request, body: GenerateRequest) -> Response:
     """Generate, one event per token."""
     return _stream(request, body, full_text_default=False)
 
 
-@router.post("/", responses=_STREAMS, response_class=Response)
+@router.post("/", responses=_EITHER, response_class=Response)
 async def compat(request: Request, body: CompatRequest) -> Response:
     """Generate in the form `stream` asks for. Unless told otherwise the text begins with the prompt."""
     if body.stream:
@@ -253,7 +261,7 @@ async def compat(request: Request, body: CompatRequest) -> Response:
     return JSONResponse([answered.body], headers=answered.headers)
 
 
-@router.post("/invocations", responses=_STREAMS, response_class=Response)
+@router.post("/invocations", responses=_EITHER, response_class=Response)
 async def invocations(request: Request, body: Annotated[dict[str, Any], Body()]) -> Response:
     """Amazon SageMaker: a body of `/`, of `/v1/chat/completions` or of `/v1/completions`."""
     if "messages" in body:
@@ -263,7 +271,7 @@ async def invocations(request: Request, body: Annotated[dict[str, Any], Body()])
     return await compat(request, _read(CompatRequest, body))
 
 
-@router.post("/vertex", responses=ERRORS)
+@router.post("/vertex", responses={**ERRORS, 404: _EITHER[404]})
 async def vertex(request: Request, body: VertexRequest) -> dict[str, list[str]]:
     """Vertex AI: each instance is a body of `/generate` or of `/v1/chat/completions`; each prediction is a text."""
 
@@ -327,7 +335,11 @@ async def health(request: Request) -> Response:
     return JSONResponse(body, 503, retry_after(503))
 
 
-@router.get("/metrics", responses={503: ERRORS[503]}, response_class=Response)
+@router.get(
+    "/metrics",
+    responses={503: ERRORS[503], 200: {"description": "Prometheus' text", "content": {"text/plain": {}}}},
+    response_class=Response,
+)
 async def metrics(request: Request) -> Response:
     """Triton's metrics, the model's `tgi_*` among them, for Prometheus."""
     content, media_type = await backend_of(request).metrics()
