@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time one decode step of the engine (forward and greedy sampling), compiled kernels against PyTorch's operations.
+"""Time one decode step of the engine (forward and greedy sampling), fused and compiled against transformers' layers.
 
     decode_step.py [--model FOLDER] [--batches 1,8,32] [--context 300] [--rounds 6] [--profile] [--json results.json]
 
@@ -27,6 +27,7 @@ import torch
 from textgen_engine import engine as engine_module
 from textgen_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from textgen_engine.engine import Engine
+from textgen_engine.models import loader
 from textgen_engine.request import GenerationRequest, StoppingParams
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +45,10 @@ def make_engine(model: Path, batch: int, context: int, steps: int, threads: int,
     if compiled:
         engine = Engine(config, lambda report: None)
     else:
-        with mock.patch.object(engine_module, "load_kernels", return_value=None):
+        with (
+            mock.patch.object(engine_module, "load_kernels", return_value=None),
+            mock.patch.object(loader, "fuse_layers", return_value=0),
+        ):
             engine = Engine(config, lambda report: None)
     generator = torch.Generator().manual_seed(0)
     stopping = StoppingParams(max_new_tokens=steps, ignore_eos_token=True)

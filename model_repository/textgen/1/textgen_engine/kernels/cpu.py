@@ -2,7 +2,8 @@
 
 `load_kernels()` answers None where no C++ compiler is found or the compiled code cannot be used; callers then take
 PyTorch's operations, which are also what the tests compare with: `linear` with torch.nn.functional.linear, `store` and
-`decode` with attention/paging.py and attention/sdpa.py, all up to the order of float32 additions.
+`decode` with attention/paging.py and attention/sdpa.py, `layer_in` and `layer_out` with models/fusion.py, all up to
+the order of float32 additions.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class CpuKernels:
         self._linear.argtypes = _types("pppppiii")
         self._store.argtypes = _types("piipppiiiii")
         self._decode.argtypes = _types("ppiipppippiiiiiifi")
-        for function in (self._linear, self._store, self._decode):
+        self._layer_in, self._layer_out = library.textgen_layer_in, library.textgen_layer_out
+        self._layer_in.argtypes = _types("pppppppppiiiiif")
+        self._layer_out.argtypes = _types("pppppppppppppppiiiif")
+        for function in (self._linear, self._store, self._decode, self._layer_in, self._layer_out):
             function.restype = None
         library.textgen_pool.restype = ctypes.c_void_p
         library.textgen_free_pool.argtypes = _types("p")
@@ -76,6 +80,58 @@ class CpuKernels:
             weight.shape[0],
         )
         return output
+
+    def layer_in(
+        self,
+        x: torch.Tensor,
+        norm: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        epsilon: float,
+    ) -> torch.Tensor:
+        """RMSNorm, the joined query, key and value layer, and rotary positions: x [num_rows, hidden], cos and sin
+        [num_rows, dim] -> [num_rows, num_heads + 2 * num_kv_heads, dim]."""
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        num_rows, dim = cos.shape
+        normed = torch.empty_like(x)
+        qkv = x.new_empty(num_rows, num_heads + 2 * num_kv_heads, dim)
+        self._layer_in(
+            self._pool,
+            *(_address(tensor) for tensor in (x, norm, weight, bias, cos, sin, normed, qkv)),
+            *(num_rows, x.shape[1], num_heads, num_kv_heads, dim, epsilon),
+        )
+        return qkv
+
+    def layer_out(
+        self,
+        attended: torch.Tensor,
+        x: torch.Tensor,
+        output: tuple[torch.Tensor, torch.Tensor | None],
+        norm: torch.Tensor,
+        gate_up: tuple[torch.Tensor, torch.Tensor | None],
+        down: tuple[torch.Tensor, torch.Tensor | None],
+        *,
+        epsilon: float,
+    ) -> torch.Tensor:
+        """What follows attention [num_rows, heads * dim] in a layer: the output layer, RMSNorm, the gated SiLU layers
+        and both residual sums, on x [num_rows, hidden]; layers as (weight, bias)."""
+        attended, x = attended.contiguous(), x.contiguous()
+        num_rows, hidden = x.shape
+        intermediate = down[0].shape[1]
+        h, normed, result = (torch.empty_like(x) for _ in range(3))
+        both, activated = x.new_empty(num_rows, 2 * intermediate), x.new_empty(num_rows, intermediate)
+        tensors = (attended, x, *output, norm, *gate_up, *down, h, normed, both, activated, result)
+        self._layer_out(
+            self._pool,
+            *(_address(tensor) for tensor in tensors),
+            *(num_rows, attended.shape[1], hidden, intermediate, epsilon),
+        )
+        return result
 
     def store(
         self, source: torch.Tensor, cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor, *, finite: bool
@@ -134,6 +190,10 @@ class CpuKernels:
             scale,
             sliding_window or 0,
         )
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _types(letters: str) -> list[Any]:

@@ -110,6 +110,46 @@ inline float sum(Vector value) {
     return lanes[0];
 }
 
+typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+// e^x to about 2 units in the last place (2^n times a polynomial on +-ln(2)/2), 0 and inf replaced by the last
+// numbers within range; NaN stays NaN.
+inline Vector exponential(Vector x) {
+    const Vector zero = {};
+    x = x < -87.0f ? zero - 87.0f : x;
+    x = x > 88.0f ? zero + 88.0f : x;
+    const Vector magic = zero + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+    const Vector n = (x * 1.44269504088896341f + magic) - magic;
+    const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vector p = zero + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const Integers bits = (__builtin_convertvector(n, Integers) + 127) << 23;
+    return p * reinterpret_cast<const Vector&>(bits);
+}
+
+// Calls change(first, count) for runs of one vector, the last one shorter.
+template <class Change>
+inline void by_vectors(int64_t count, Change change) {
+    for (int64_t i = 0; i < count; i += kLanes) change(i, std::min<int64_t>(kLanes, count - i));
+}
+
+inline Vector load_some(const float* from, int64_t count) {
+    if (count == kLanes) return load(from);
+    Vector value = {};
+    std::memcpy(&value, from, count * sizeof(float));
+    return value;
+}
+
+inline void put_some(float* to, Vector value, int64_t count) {
+    if (count == kLanes) return put(to, value);
+    std::memcpy(to, &value, count * sizeof(float));
+}
+
 // ---- linear ---------------------------------------------------------------------------------------------------------
 
 // out[r][o] = x[r] . weight[o] (+ bias[o]) for R rows and O outputs. Each weight is loaded once for all R rows.
@@ -191,6 +231,40 @@ void add_block(const float* weights, int64_t stride, const float* values, float*
     }
 }
 
+// ---- the pieces of a layer ------------------------------------------------------------------------------------------
+
+// to = from / rms(from) * weight, one row of `size`.
+void normalise(const float* from, const float* weight, float* to, int64_t size, float epsilon) {
+    Vector squares = {};
+    by_vectors(size, [&](int64_t i, int64_t count) {
+        const Vector value = load_some(from + i, count);
+        squares += value * value;
+    });
+    const float factor = 1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + epsilon);
+    for (int64_t i = 0; i < size; ++i) to[i] = weight[i] * (from[i] * factor);
+}
+
+// Pieces of outputs, large enough to be worth a thread's attention, small enough that unequal threads end together.
+int64_t piece_of(int64_t num_outputs) { return std::max<int64_t>(16, num_outputs / 64 / 16 * 16); }
+
+// work(begin, end) for all pieces of num_outputs.
+template <class Work>
+void by_pieces(Pool* pool, int64_t num_outputs, Work work) {
+    const int64_t piece = piece_of(num_outputs);
+    pool->run((num_outputs + piece - 1) / piece,
+              [&](int64_t item) { work(item * piece, std::min(num_outputs, (item + 1) * piece)); });
+}
+
+// out = x @ weight^T (+ bias) + residual.
+void linear_add(Pool* pool, const float* x, const float* weight, const float* bias, const float* residual, float* out,
+                int64_t num_rows, int64_t depth, int64_t num_outputs) {
+    by_pieces(pool, num_outputs, [&](int64_t begin, int64_t end) {
+        linear_outputs(x, weight, bias, out, num_rows, depth, num_outputs, begin, end);
+        for (int64_t row = 0; row < num_rows; ++row)
+            for (int64_t o = begin; o < end; ++o) out[row * num_outputs + o] += residual[row * num_outputs + o];
+    });
+}
+
 float finite(float value) {
     if (std::isnan(value)) return 0.0f;
     return std::min(std::max(value, -3.4028234663852886e38f), 3.4028234663852886e38f);
@@ -206,12 +280,62 @@ void textgen_free_pool(void* pool) { delete static_cast<Pool*>(pool); }
 
 void textgen_linear(void* pool, const float* x, const float* weight, const float* bias, float* out, int64_t num_rows,
                     int64_t depth, int64_t num_outputs) {
-    // Pieces large enough to be worth a thread's attention, small enough that threads of unequal speed end together.
-    const int64_t piece = std::max<int64_t>(16, num_outputs / 64 / 16 * 16);
-    static_cast<Pool*>(pool)->run((num_outputs + piece - 1) / piece, [&](int64_t item) {
-        linear_outputs(x, weight, bias, out, num_rows, depth, num_outputs, item * piece,
-                       std::min(num_outputs, (item + 1) * piece));
+    by_pieces(static_cast<Pool*>(pool), num_outputs, [&](int64_t begin, int64_t end) {
+        linear_outputs(x, weight, bias, out, num_rows, depth, num_outputs, begin, end);
     });
+}
+
+// qkv [rows, (heads + 2 kv_heads) * dim] = norm(x) @ weight^T (+ bias), queries and keys turned by cos and sin [rows,
+// dim] (the two halves of a head are the two coordinates). `normed` [rows, hidden] is room to work in.
+void textgen_layer_in(void* handle, const float* x, const float* norm, const float* weight, const float* bias,
+                      const float* cos, const float* sin, float* normed, float* qkv, int64_t num_rows, int64_t hidden,
+                      int64_t num_heads, int64_t num_kv_heads, int64_t dim, float epsilon) {
+    Pool* pool = static_cast<Pool*>(handle);
+    const int64_t num_outputs = (num_heads + 2 * num_kv_heads) * dim, half = dim / 2;
+    for (int64_t row = 0; row < num_rows; ++row)
+        normalise(x + row * hidden, norm, normed + row * hidden, hidden, epsilon);
+    by_pieces(pool, num_outputs, [&](int64_t begin, int64_t end) {
+        linear_outputs(normed, weight, bias, qkv, num_rows, hidden, num_outputs, begin, end);
+    });
+    for (int64_t row = 0; row < num_rows; ++row)
+        for (int64_t head = 0; head < num_heads + num_kv_heads; ++head) {
+            float* first = qkv + row * num_outputs + head * dim;
+            float* second = first + half;
+            const float* c = cos + row * dim;
+            const float* s = sin + row * dim;
+            for (int64_t d = 0; d < half; ++d) {
+                const float one = first[d], two = second[d];
+                first[d] = one * c[d] - two * s[d];
+                second[d] = two * c[half + d] + one * s[half + d];
+            }
+        }
+}
+
+// What follows attention: h = x + attended @ wo^T; out = h + (silu(gate) * up) @ wd^T, gate and up = norm(h) @ w^T.
+void textgen_layer_out(void* handle, const float* attended, const float* x, const float* wo, const float* bo,
+                       const float* norm, const float* w_gate_up, const float* b_gate_up, const float* wd,
+                       const float* bd, float* h, float* normed, float* gate_up, float* activated, float* out,
+                       int64_t num_rows, int64_t attended_size, int64_t hidden, int64_t intermediate, float epsilon) {
+    Pool* pool = static_cast<Pool*>(handle);
+    linear_add(pool, attended, wo, bo, x, h, num_rows, attended_size, hidden);
+    for (int64_t row = 0; row < num_rows; ++row)
+        normalise(h + row * hidden, norm, normed + row * hidden, hidden, epsilon);
+    by_pieces(pool, intermediate, [&](int64_t begin, int64_t end) {
+        const int64_t both = 2 * intermediate;
+        linear_outputs(normed, w_gate_up, b_gate_up, gate_up, num_rows, hidden, both, begin, end);
+        linear_outputs(normed, w_gate_up, b_gate_up, gate_up, num_rows, hidden, both, intermediate + begin,
+                       intermediate + end);
+        for (int64_t row = 0; row < num_rows; ++row) {
+            const float* gate = gate_up + row * both + begin;
+            const float* up = gate + intermediate;
+            float* to = activated + row * intermediate + begin;
+            by_vectors(end - begin, [&](int64_t i, int64_t count) {
+                const Vector g = load_some(gate + i, count);
+                put_some(to + i, g / (1.0f + exponential(-g)) * load_some(up + i, count), count);
+            });
+        }
+    });
+    linear_add(pool, activated, wd, bd, h, out, num_rows, intermediate, hidden);
 }
 
 // Strides are in floats: from one token of the source to the next, and from one head to the next.
@@ -271,7 +395,9 @@ void textgen_decode(void* pool, const float* query, int64_t token_stride, int64_
             float* row = &scores[h * stride];
             float highest = row[0], total = 0.0f;
             for (int64_t j = 1; j < stride; ++j) highest = std::max(highest, row[j]);
-            for (int64_t j = 0; j < stride; ++j) row[j] = std::exp(row[j] - highest);
+            by_vectors(stride, [&](int64_t j, int64_t count) {
+                put_some(row + j, exponential(load_some(row + j, count) - highest), count);
+            });
             for (int64_t j = 0; j < stride; ++j) total += row[j];
             for (int64_t j = 0; j < stride; ++j) row[j] /= total;
         }

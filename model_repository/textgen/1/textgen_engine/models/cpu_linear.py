@@ -19,7 +19,7 @@ _LEAST_ROWS = 6
 _MOST_ROWS = 48
 _TILE_ROWS = 16
 # Up to this number of rows the compiled kernel was as fast as the best of the others or faster, for nearly all shapes.
-_MOST_COMPILED_ROWS = 48
+MOST_COMPILED_ROWS = 48
 
 
 class CpuLinear(torch.nn.Module):
@@ -50,7 +50,7 @@ class CompiledLinear(CpuLinear):
         self._kernels = kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() > _MOST_COMPILED_ROWS * self.in_features:
+        if x.numel() > MOST_COMPILED_ROWS * self.in_features:
             return super().forward(x)
         rows = x.reshape(-1, self.in_features)
         return self._kernels.linear(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)

@@ -22,6 +22,7 @@ from textgen_engine.host_memory import available_bytes
 from textgen_engine.kernels.cpu import CpuKernels
 from textgen_engine.kv_cache import LayerShape
 from textgen_engine.models.cpu_linear import replace_linears
+from textgen_engine.models.fusion import fuse_layers
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,8 @@ def load_model(config: ModelConfig, backend: AttentionBackend, kernels: CpuKerne
         eos_token_ids = tokenizer.eos_token_id
     model = model.to(device).eval().requires_grad_(False)
     if device.type == "cpu":
+        if not config.batch_invariant:
+            fuse_layers(model, kernels)
         num_replaced = replace_linears(model, kernels, batch_invariant=config.batch_invariant)
         logger.info("%s: %d linear layers replaced by CPU forms", type(model).__name__, num_replaced)
     text_config = hf_config.get_text_config()

@@ -1,0 +1,219 @@
+"""Decoder layers whose pieces run together; which layers qualify, and how their weights are joined.
+
+A family names the structure it takes the place of. Structure alone cannot tell a layer that multiplies its residual by
+a constant from one that does not, so each layer is also tried: stock and fused layer compute the same few random rows,
+and one that differs stays stock. Only instances are replaced, never a class of transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata
+from textgen_engine.kernels.cpu import CpuKernels
+from textgen_engine.models.cpu_linear import MOST_COMPILED_ROWS
+
+logger = logging.getLogger(__name__)
+
+_TRIAL_ROWS = 3
+# Float32 sums in another order: far less than any real difference between two layers.
+_TOLERANCE = 1e-4
+
+
+class FusedGatedLayer(torch.nn.Module):
+    """Takes the place of a Llama-like decoder layer: pre-norm attention with rotary positions, then a gated SiLU MLP.
+
+    Replaces q_proj, k_proj, v_proj by `qkv` and gate_proj, up_proj by `gate_up`, rows joined in this order; needs a
+    trial's Recorder for what only the stock attention knows: scale and sliding window.
+    """
+
+    def __init__(self, layer: Any, trial: Recorder, kernels: CpuKernels | None) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self._kernels = kernels
+        self.layer_idx = trial.layer
+        self.scale, self.sliding_window = trial.scale, trial.sliding_window
+        self.num_heads, self.num_kv_heads = trial.query.shape[1], trial.key.shape[1]
+        if hasattr(layer, "attention_type"):
+            self.attention_type = layer.attention_type
+        self.qkv = _join(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = attention.o_proj
+        self.gate_up = _join(mlp.gate_proj, mlp.up_proj)
+        self.down = mlp.down_proj
+        self.input_norm, self.epsilon = layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon
+        self.mlp_norm, self.mlp_epsilon = (
+            layer.post_attention_layernorm.weight,
+            layer.post_attention_layernorm.variance_epsilon,
+        )
+
+    @staticmethod
+    def matches(layer: Any) -> bool:
+        children = {name: child for name, child in layer.named_modules() if name}
+        if set(children) - {"mlp.act_fn"} != _GATED_LAYER:
+            return False
+        linears = [child for name, child in children.items() if name.endswith("_proj")]
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        return (
+            all(type(linear) is torch.nn.Linear for linear in linears)
+            and all(isinstance(getattr(norm, "variance_epsilon", None), float) for norm in norms)
+            and all(parameter.dtype is torch.float32 for parameter in layer.parameters())
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_metadata: AttentionMetadata,
+        attention_backend: AttentionBackend,
+        **_: Any,  # masks, positions and caches of transformers, which attention/bridge.py has no use for either
+    ) -> torch.Tensor:
+        x = hidden_states[0]  # [num_tokens, hidden]
+        cos, sin = (table[0] for table in position_embeddings)  # [num_tokens, dim]
+        few_rows = self._kernels is not None and x.shape[0] <= MOST_COMPILED_ROWS
+        qkv = self._compiled_in(x, cos, sin) if few_rows else self._plain_in(x, cos, sin)
+        query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        attended = attention_backend.run(
+            self.layer_idx,
+            query,
+            key,
+            value,
+            attention_metadata,
+            scale=self.scale,
+            sliding_window=self.sliding_window,
+        ).reshape(x.shape[0], -1)
+        return (self._compiled_out(attended, x) if few_rows else self._plain_out(attended, x))[None]
+
+    def _plain_in(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        normed = functional.rms_norm(x, self.input_norm.shape, self.input_norm, self.epsilon)
+        qkv: torch.Tensor = self.qkv(normed)
+        qkv = qkv.view(x.shape[0], -1, cos.shape[1])  # [num_tokens, heads + 2 * kv_heads, dim]
+        turned = qkv[:, : self.num_heads + self.num_kv_heads]
+        first, second = turned.chunk(2, dim=2)
+        turned.copy_(turned * cos[:, None] + torch.cat((-second, first), dim=2) * sin[:, None])
+        return qkv
+
+    def _plain_out(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        h: torch.Tensor = x + self.output(attended)
+        normed = functional.rms_norm(h, self.mlp_norm.shape, self.mlp_norm, self.mlp_epsilon)
+        gate, up = self.gate_up(normed).chunk(2, dim=1)
+        added: torch.Tensor = self.down(functional.silu(gate) * up)
+        return h + added
+
+    def _compiled_in(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        assert self._kernels is not None
+        return self._kernels.layer_in(
+            x,
+            self.input_norm,
+            self.qkv.weight,
+            self.qkv.bias,
+            cos,
+            sin,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            epsilon=self.epsilon,
+        )
+
+    def _compiled_out(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        assert self._kernels is not None
+        output, gate_up, down = ((layer.weight, layer.bias) for layer in (self.output, self.gate_up, self.down))
+        return self._kernels.layer_out(attended, x, output, self.mlp_norm, gate_up, down, epsilon=self.mlp_epsilon)
+
+
+_GATED_LAYER = {
+    *("input_layernorm", "post_attention_layernorm", "self_attn", "mlp"),
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+}
+FAMILIES = (FusedGatedLayer,)
+
+
+def fuse_layers(model: torch.nn.Module, kernels: CpuKernels | None) -> int:
+    """Replace what matches a family, in this model alone; returns how many layers, and logs one line. Needs a model
+    whose attention is attention/bridge.py's."""
+    num_fused, num_differing = 0, 0
+    for layers in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
+        for index, layer in enumerate(layers):
+            for family in FAMILIES:
+                if family.matches(layer):
+                    fused = _tried(family, layer, kernels)
+                    if fused is None:
+                        num_differing += 1
+                    else:
+                        layers[index] = fused
+                        num_fused += 1
+    name = type(model).__name__
+    logger.info("%s: %d layers fused, %d alike in structure but not in result", name, num_fused, num_differing)
+    return num_fused
+
+
+@torch.inference_mode()
+def _tried(family: type[FusedGatedLayer], layer: Any, kernels: CpuKernels | None) -> FusedGatedLayer | None:
+    """The fused layer, if it computes what the stock layer does."""
+    generator = torch.Generator().manual_seed(0)
+    dim = layer.self_attn.head_dim
+    x = torch.randn(1, _TRIAL_ROWS, layer.input_layernorm.weight.shape[0], generator=generator)
+    angles = torch.randn(1, _TRIAL_ROWS, dim // 2, generator=generator).repeat(1, 1, 2)
+    stock, ours = Recorder(), Recorder()
+    keywords = {"position_embeddings": (angles.cos(), angles.sin()), "attention_metadata": _NO_METADATA}
+    try:
+        expected = layer(x, attention_mask=None, attention_backend=stock, **keywords)
+        with torch.inference_mode(False):  # parameters that other modes may use too
+            fused = family(layer, stock, kernels)
+        found = fused(x, attention_backend=ours, **keywords)
+        pairs = ((expected, found), (stock.query, ours.query), (stock.key, ours.key), (stock.value, ours.value))
+        for right, given in pairs:
+            if not torch.allclose(right, given, atol=_TOLERANCE * float(right.abs().max()), rtol=0):
+                return None
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+        return None  # not called as we thought, so not the layer we thought
+    return fused
+
+
+_NO_METADATA = AttentionMetadata(0, [], [], torch.empty(0), torch.empty(0), torch.empty(0), [], [])
+
+
+class Recorder(AttentionBackend):
+    """Notes what one attention layer asks for, and answers with its queries."""
+
+    layer: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    sliding_window: int | None
+
+    def check(self, features: AttentionFeatures) -> None:
+        pass
+
+    def prepare(self, metadata: AttentionMetadata) -> None:
+        pass
+
+    def run(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        self.layer, self.query, self.key, self.value = layer, query.clone(), key.clone(), value.clone()
+        self.scale, self.sliding_window = scale, sliding_window
+        return query.clone()
+
+
+def _join(*linears: torch.nn.Linear) -> torch.nn.Linear:
+    """One linear layer whose outputs are those of all, one behind the other."""
+    joined = torch.nn.Linear(1, 1, bias=linears[0].bias is not None)
+    joined.in_features, joined.out_features = linears[0].in_features, sum(linear.out_features for linear in linears)
+    joined.weight = torch.nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
+    if joined.bias is not None:
+        joined.bias = torch.nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
+    return joined
