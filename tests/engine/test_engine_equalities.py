@@ -257,7 +257,26 @@ def test_logprobs_equal_transformers(new_engine: NewEngine, llama: Path, options
 
 
 @pytest.mark.parametrize(
-    "family", ["mistral", "qwen2", "qwen3", "gpt_neox", "phi", "phi3", "gemma", "gemma3", "gpt2", "opt"]
+    "family",
+    [
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gpt_neox",
+        "phi",
+        "phi3",
+        "gemma",
+        "gemma3",
+        "gpt2",
+        "opt",
+        "starcoder2",
+        "smollm3",
+        "olmo2",
+        "granite",
+        "cohere",
+        "gpt_bigcode",
+        "mixtral",
+    ],
 )
 def test_families_equal_generate(new_engine: NewEngine, checkpoint: Callable[[str], Path], family: str) -> None:
     """Grouped heads, norms on heads, partial rotation, learned positions, windows of 8 in all or some layers."""

@@ -69,6 +69,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2": ("GPT2Config", {}),
     "opt": ("OPTConfig", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "starcoder2": ("Starcoder2Config", {"num_key_value_heads": 2, "sliding_window": 8}),
+    "smollm3": ("SmolLM3Config", {"num_key_value_heads": 2, "num_hidden_layers": 4}),
+    "olmo2": ("Olmo2Config", {"num_key_value_heads": 2}),
+    "granite": ("GraniteConfig", {"num_key_value_heads": 2}),
+    "cohere": ("CohereConfig", {"num_key_value_heads": 2}),
+    "gpt_bigcode": ("GPTBigCodeConfig", {"n_inner": 96}),
+    "mixtral": ("MixtralConfig", {"num_key_value_heads": 2, "num_local_experts": 4}),
     "gemma2": ("Gemma2Config", {"num_key_value_heads": 2, "head_dim": 16}),
     "gpt_oss": (
         "GptOssConfig",
