@@ -1,0 +1,194 @@
+"""docker/helm: every values file under ci/, rendered by Helm's own engine, against Kubernetes and the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import kubernetes_validate
+import pytest
+import yaml
+from helm_python.errors import HelmError
+
+from textgen_client.health import probe_parameters
+from textgen_engine.config import OPTIONS, UNSUPPORTED_OPTIONS, build_config
+
+CHART = Path(__file__).resolve().parents[2] / "docker" / "helm" / "triton-textgen"
+CASES = sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").iterdir())
+KUBERNETES = ["1.30", "1.37"]
+NOT_KUBERNETES_OWN = {"PodMonitor", "ScaledObject"}  # kinds of the Prometheus operator and of KEDA: no schema here
+
+
+def render(values: Mapping[str, Any], name: str = "textgen") -> dict[str, Any]:
+    """Kind -> document, as `helm template` prints them; the chart makes at most one of each kind."""
+    with helm_python.Chart.load(str(CHART)) as chart:
+        texts = chart.render(dict(values), name=name, namespace="texts")
+    documents = [document for text in texts.values() for document in yaml.safe_load_all(text) if document]
+    assert len({document["kind"] for document in documents}) == len(documents)
+    return {document["kind"]: document for document in documents}
+
+
+def values_of(case: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((CHART / "ci" / f"{case}-values.yaml").read_text())
+    return found
+
+
+@cache
+def rendered(case: str) -> dict[str, Any]:
+    return render(values_of(case))
+
+
+def pod(case: str) -> dict[str, Any]:
+    found: dict[str, Any] = rendered(case)["Deployment"]["spec"]["template"]["spec"]
+    return found
+
+
+def environment(case: str) -> dict[str, str]:
+    return {entry["name"]: entry.get("value", "") for entry in pod(case)["containers"][0]["env"]}
+
+
+def test_there_is_a_case_for_each_way_to_run() -> None:
+    assert CASES == ["cpu", "gpu", "hpa-pvc", "keda"]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_documents_are_valid_kubernetes(case: str, version: str) -> None:
+    kinds = set()
+    for kind, document in rendered(case).items():
+        if kind not in NOT_KUBERNETES_OWN:
+            kubernetes_validate.validate(document, version, strict=True)
+            kinds.add(kind)
+    assert kinds >= {"Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pods_are_confined(case: str) -> None:
+    spec = pod(case)
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["runAsUser"] == 1000, "the user of the images"
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert spec["automountServiceAccountToken"] is False
+    for container in [*spec["containers"], *spec.get("initContainers", [])]:
+        security = container["securityContext"]
+        assert security["readOnlyRootFilesystem"] is True
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["capabilities"] == {"drop": ["ALL"]}
+    mounts = {mount["mountPath"]: mount for mount in spec["containers"][0]["volumeMounts"]}
+    assert set(mounts) == {"/models", "/dev/shm", "/cache", "/tmp"}, "what the server writes to, and the model"
+    assert mounts["/models"]["readOnly"] is True
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    assert set(volumes) == {mount["name"] for mount in mounts.values()}
+    assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_probes_ask_for_a_real_token_and_allow_for_their_own_start(case: str) -> None:
+    container = pod(case)["containers"][0]
+    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+        command = container[name]["exec"]["command"]
+        assert command[:-1] == ["textgen", "health", "--url", "localhost:8001", "--timeout"]
+        assert container[name]["timeoutSeconds"] > float(command[-1])
+    assert probe_parameters()["max_new_tokens"] == 1
+    startup = container["startupProbe"]
+    assert startup["failureThreshold"] * startup["periodSeconds"] >= 600
+    assert rendered(case)["Deployment"]["spec"]["progressDeadlineSeconds"] > (
+        startup["failureThreshold"] * startup["periodSeconds"]
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_pod_may_drain_before_it_is_killed(case: str) -> None:
+    wait = int(pod(case)["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
+    drain = int(environment(case)["GRACEFUL_TERMINATION_TIMEOUT"])
+    assert pod(case)["terminationGracePeriodSeconds"] > wait + drain
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_engine_takes_the_environment(case: str) -> None:
+    given = environment(case)
+    assert set(values_of(case).get("options", {})) <= {option.env for option in OPTIONS}
+    assert not set(given) & {name.upper() for name in UNSUPPORTED_OPTIONS}
+    build_config({}, given, has_gpu=case == "gpu")
+    assert pod(case)["enableServiceLinks"] is False, "a Service named textgen would set TEXTGEN_SERVICE_HOST"
+
+
+def test_numbers_reach_the_server_as_they_were_written() -> None:
+    given = environment("cpu")
+    assert given["MAX_BATCH_TOTAL_TOKENS"] == "1000000"
+    assert given["TEXTGEN_MAX_KV_CACHE_GIB"] == "1.5"
+    assert given["PREFIX_CACHING"] == "true"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_everything_selects_the_pods_and_names_their_ports(case: str) -> None:
+    documents = rendered(case)
+    deployment = documents["Deployment"]["spec"]
+    labels = deployment["template"]["metadata"]["labels"].items()
+    ports = {port["name"] for port in pod(case)["containers"][0]["ports"]}
+    service = documents["Service"]["spec"]
+    assert {port["targetPort"] for port in service["ports"]} == ports == {"http", "grpc", "metrics", "gateway"}
+    selectors = [service["selector"], deployment["selector"]["matchLabels"]]
+    selectors.append(documents["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"])
+    selectors.append(documents["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"])
+    if "PodMonitor" in documents:
+        monitor = documents["PodMonitor"]["spec"]
+        selectors.append(monitor["selector"]["matchLabels"])
+        assert [endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]] == ["metrics"]
+    assert all(selector.items() <= labels for selector in selectors)
+    allowed = {port["port"] for rule in documents["NetworkPolicy"]["spec"]["ingress"] for port in rule["ports"]}
+    assert allowed == ports
+    assert documents["NetworkPolicy"]["spec"]["egress"] == []
+
+
+def test_gpu_key_and_claim() -> None:
+    container = pod("gpu")["containers"][0]
+    assert container["resources"]["limits"] == {"memory": "32Gi", "nvidia.com/gpu": 1}
+    key = next(entry for entry in container["env"] if entry["name"] == "RESTRICTED_API_KEY")
+    assert key["valueFrom"]["secretKeyRef"] == {"name": "triton-textgen-admin", "key": "admin-key"}
+    assert container["volumeMounts"][0]["subPath"] == "llama"
+    assert "nvidia.com/gpu" not in str(pod("cpu"))
+    assert pod("cpu")["initContainers"][0]["command"] == ["cp", "-r", "/model", environment("cpu")["MODEL_ID"]]
+
+
+def test_scaling_is_by_queue_and_cache() -> None:
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": rendered("keda")["Deployment"]["metadata"]["name"]}
+    scaler = rendered("hpa-pvc")["HorizontalPodAutoscaler"]["spec"]
+    assert scaler["scaleTargetRef"] == target
+    wanted = {m["pods"]["metric"]["name"]: m["pods"]["target"]["averageValue"] for m in scaler["metrics"]}
+    assert wanted == {"tgi_queue_size": "8", "tgi_kv_cache_usage_ratio": "750m"}
+    keda = rendered("keda")["ScaledObject"]["spec"]
+    assert keda["scaleTargetRef"] == {"name": target["name"]}
+    assert [trigger["metadata"]["query"] for trigger in keda["triggers"]] == [
+        f'sum(tgi_queue_size{{namespace="texts",pod=~"{target["name"]}-.*"}})',
+        f'100 * sum(tgi_kv_cache_usage_ratio{{namespace="texts",pod=~"{target["name"]}-.*"}})',
+    ]
+    assert all(trigger["metadata"]["serverAddress"] for trigger in keda["triggers"])
+    for case in ("hpa-pvc", "keda"):
+        assert "replicas" not in rendered(case)["Deployment"]["spec"], "the scaler's alone"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "exactly one of"),
+        ({"model": {"pvc": {"claimName": "a"}, "init": {"image": "b"}}}, "exactly one of"),
+        ({"model": {"pvc": {"claimName": "a"}}, "options": {"MODEL_ID": "/x"}}, "the chart sets it"),
+        ({"model": {"pvc": {"claimName": "a"}}, "autoscaling": {"kind": "keda"}}, "prometheusAddress is needed"),
+        ({"model": {"pvc": {"claimName": "a"}}, "autoscaling": {"kind": "vpa"}}, "must be hpa, keda or empty"),
+        ({"model": {"pvc": {"claimName": "a"}}, "options": {"NUM_SHARD": 2}}, "not supported"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_it_is_installed(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(HelmError, match=message):
+        render(values)
+
+
+def test_the_chart_refuses_what_the_engine_refuses() -> None:
+    """The list in the chart is the engine's own: what the engine learns, the chart must offer."""
+    helpers = (CHART / "templates" / "_helpers.tpl").read_text()
+    line = next(line for line in helpers.splitlines() if "$unsupported :=" in line)
+    assert set(line.split('"')[1::2]) == {name.upper() for name in UNSUPPORTED_OPTIONS}
