@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import grpc
 import pytest
-from tritonclient.grpc import service_pb2_grpc
 
 import textgen_client
 
-from .fake_triton import FakeTriton
+from .fake_triton import FakeTriton, running_fake
 
 
 @pytest.fixture
 def start_triton() -> Iterator[Callable[[int], FakeTriton]]:
     """Starts scripted servers, on the port given (0: any free one), and stops them at the end."""
-    servers: list[grpc.Server] = []
-
-    def start(port: int) -> FakeTriton:
-        fake = FakeTriton()
-        server = grpc.server(ThreadPoolExecutor(max_workers=16))
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(fake, server)
-        fake.url = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
-        server.start()
-        servers.append(server)
-        return fake
-
-    yield start
-    for server in servers:
-        server.stop(grace=None).wait()
+    with contextlib.ExitStack() as running:
+        yield lambda port: running.enter_context(running_fake(port))
 
 
 @pytest.fixture

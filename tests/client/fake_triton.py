@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,3 +141,17 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         index.models.add(name="textgen", version="1", state="READY")
         index.models.add(name="broken", version="2", state="UNAVAILABLE", reason="failed to load")
         return index
+
+
+@contextlib.contextmanager
+def running_fake(port: int = 0) -> Iterator[FakeTriton]:
+    """A fake that listens on a port of this machine; 0: any free one."""
+    fake = FakeTriton()
+    server = grpc.server(ThreadPoolExecutor(max_workers=16))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(fake, server)
+    fake.url = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
+    server.start()
+    try:
+        yield fake
+    finally:
+        server.stop(grace=None).wait()

@@ -9,20 +9,17 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import grpc
 import httpx
 import pytest
 import trustme
-from tritonclient.grpc import service_pb2_grpc
 
 from textgen_client.gateway.message import MessageReader, Piece
 from textgen_client.gateway.settings import read_api_keys
 
 from ..gateway.running_gateway import Gateway, running_gateway
-from .fake_triton import Call, FakeTriton, Script, echo, response
+from .fake_triton import Call, FakeTriton, Script, echo, response, running_fake
 
 KEYED = {"Authorization": "Bearer second-key"}
 ROUTES = ["/", "/generate", "/generate_stream", "/invocations", "/vertex", "/tokenize", "/chat_tokenize"]
@@ -32,13 +29,8 @@ OPEN = ["/health", "/ping", "/info", "/v1/models", "/api-doc/openapi.json"]
 
 @pytest.fixture(scope="module")
 def triton() -> Iterator[FakeTriton]:
-    fake = FakeTriton()
-    server = grpc.server(ThreadPoolExecutor(max_workers=16))
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(fake, server)
-    fake.url = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    server.start()
-    yield fake
-    server.stop(grace=None).wait()
+    with running_fake() as fake:
+        yield fake
 
 
 @pytest.fixture(scope="module")
