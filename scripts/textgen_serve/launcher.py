@@ -29,6 +29,8 @@ _DEMO_QUESTION = "Explain in two sentences why the sky is blue."
 _POLL_S = 0.1
 # Longest silence of a server that answers; the first request of a large model on a CPU takes its time.
 _ANSWER_S = 600.0
+# W3C's: with them a request is part of its client's trace.
+_TRACE_HEADERS = "(traceparent|tracestate)"
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ class Launcher:
             log_file=self._log_file,
             model_control_mode=launch.model_control_mode,
             admin_key=launch.restricted_api_key,
+            forwarded_headers=_TRACE_HEADERS if (os.environ | self._environment).get("OTLP_ENDPOINT") else None,
             extra_arguments=launch.triton_args,
         )
 

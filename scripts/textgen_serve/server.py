@@ -36,7 +36,10 @@ class Ports:
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What the command line of tritonserver is made of. drain_s: time for running requests when it is stopped."""
+    """What the command line of tritonserver is made of. drain_s: time for running requests when it is stopped.
+
+    forwarded_headers: a pattern; the models get gRPC metadata of these names as parameters of the request.
+    """
 
     model_repository: Path
     host: str
@@ -45,6 +48,7 @@ class ServerOptions:
     log_file: Path
     model_control_mode: str = "none"
     admin_key: str | None = None
+    forwarded_headers: str | None = None
     extra_arguments: tuple[str, ...] = ()
 
 
@@ -155,5 +159,7 @@ def _command(runtime: Runtime, options: ServerOptions, region_prefix: str) -> li
     if options.admin_key is not None:
         command.append(f"--http-restricted-api={_ADMIN_APIS}:admin-key={options.admin_key}")
         command.append(f"--grpc-restricted-protocol={_ADMIN_APIS}:admin-key={options.admin_key}")
+    if options.forwarded_headers is not None:
+        command.append(f"--grpc-header-forward-pattern={options.forwarded_headers}")
     command.extend(options.extra_arguments)
     return command

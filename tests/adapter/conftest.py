@@ -11,7 +11,7 @@ import pytest
 
 from . import fake_backend
 
-_ADAPTER = ("triton_io", "triton_responder")
+_ADAPTER = ("triton_io", "triton_responder", "triton_tracing")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -63,7 +63,9 @@ class InferenceRequest:
         inputs: list[Tensor] | None = None,
         parameters: Mapping[str, Any] | None = None,
         timeout_us: int = 0,
+        traced_by_triton: dict[str, str] | None = None,
     ) -> None:
+        self._traced_by_triton = traced_by_triton
         self.model_name, self.requested = model_name, requested_output_names
         self.inputs = {tensor.name(): tensor for tensor in inputs or []}
         self._parameters, self._timeout_us = dict(parameters or {}), timeout_us
@@ -73,6 +75,12 @@ class InferenceRequest:
 
     def timeout(self) -> int:
         return self._timeout_us
+
+    def trace(self) -> InferenceRequest:
+        return self
+
+    def get_context(self) -> str | None:
+        return None if self._traced_by_triton is None else json.dumps(self._traced_by_triton)
 
 
 @dataclass
@@ -142,7 +150,13 @@ class Sender:
         return self.wait_for(lambda sent: any(one.final for one in sent))
 
 
-def request(*, parameters: Mapping[str, Any] | None = None, timeout_us: int = 0, **inputs: Any) -> InferenceRequest:
+def request(
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    timeout_us: int = 0,
+    traced_by_triton: dict[str, str] | None = None,
+    **inputs: Any,
+) -> InferenceRequest:
     """A request as the stub sees it: strings as bytes objects, flags as booleans, ids as int32."""
     tensors = []
     for name, value in inputs.items():
@@ -156,7 +170,9 @@ def request(*, parameters: Mapping[str, Any] | None = None, timeout_us: int = 0,
             values = value if isinstance(value, list) else [value]
             array = np.array([v.encode() if isinstance(v, str) else v for v in values], dtype=np.object_)
         tensors.append(Tensor(name, array))
-    return InferenceRequest(inputs=tensors, parameters=parameters, timeout_us=timeout_us)
+    return InferenceRequest(
+        inputs=tensors, parameters=parameters, timeout_us=timeout_us, traced_by_triton=traced_by_triton
+    )
 
 
 def make_module() -> types.ModuleType:

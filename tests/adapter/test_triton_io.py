@@ -45,6 +45,21 @@ def build(triton_io: Any, parse: Any) -> Any:
 # ---- requests -------------------------------------------------------------------------------------------------------
 
 
+def test_the_trace_that_a_request_is_part_of(triton_io: Any, parse: Any) -> None:
+    by_header = {"traceparent": "00-a", "tracestate": "v=1"}
+    traced = request(text_input="a", parameters=by_header, sampling_parameters={"traceparent": "00-b"})
+    assert triton_io.trace_context(traced) == by_header
+    assert triton_io.trace_context(request(sampling_parameters={"traceparent": "00-b"})) == {"traceparent": "00-b"}
+    assert triton_io.trace_context(request(parameters=by_header, traced_by_triton={"traceparent": "00-c"})) == {
+        "traceparent": "00-c"
+    }
+    for nonsense in ('{"traceparent": 3}', "no json", "[1]", "[" * 100_000):
+        assert triton_io.trace_context(request(sampling_parameters=nonsense)) == {}
+    # Neither is a sampling parameter, and two that differ are no conflict.
+    parsed = parse(text_input="a", parameters=by_header, sampling_parameters={"traceparent": "00-b", "n": 1})
+    assert parsed.given_parameters == {"n": 1}
+
+
 @pytest.mark.parametrize(
     ("inputs", "says"),
     [

@@ -25,6 +25,7 @@ import triton_python_backend_utils as pb_utils
 import triton_request_log
 from triton_metrics import MetricsPublisher
 from triton_responder import LiveRequest, Responder
+from triton_tracing import start_tracer
 
 from textgen_engine.config import EngineConfig, build_config
 from textgen_engine.errors import (
@@ -79,6 +80,7 @@ class TritonPythonModel:
         self._metrics = MetricsPublisher(
             self._info, labels, is_ready=self.is_ready, num_restarts=lambda: self._engine.num_restarts
         )
+        self._tracer = start_tracer(self._config.tracing, labels, self._config.model.model_id)
         self._responder = Responder(self._config.transport, self._on_client_gone)
         self._responder.start()
         self._admission = ThreadPoolExecutor(_NUM_ADMISSION_THREADS, thread_name_prefix="admission")
@@ -94,6 +96,7 @@ class TritonPythonModel:
                 self._answer_at_once(live, NotReady("the server is stopping"))
             elif self._responder.num_live >= limit and not _is_cancel(request):
                 self._metrics.count("tgi_request_count")
+                self._trace(live, request)
                 error = Overloaded(f"{limit} requests are live (max_concurrent_requests)")
                 self._note_failure(live, error)
                 self._answer_at_once(live, error)
@@ -109,6 +112,8 @@ class TritonPythonModel:
         self._engine.stop()  # answers what is still live; the responder sends it
         self._responder.stop()
         self._metrics.stop()
+        if self._tracer is not None:
+            self._tracer.stop()
 
     def is_ready(self) -> bool:
         """Asked by servers newer than 2.51 for the model's readiness; older ones show `tgi_engine_ready` instead."""
@@ -122,6 +127,7 @@ class TritonPythonModel:
                 self._cancel_by_id(live)
                 return
             self._metrics.count("tgi_request_count")
+            self._trace(live, request)
             self._submit(live, request)
         except EngineError as error:
             self._fail(live, error)
@@ -137,9 +143,13 @@ class TritonPythonModel:
             grammar_config=self._config.grammar,
         )
         live.options = parsed.options
+        if self._tracer is not None:
+            self._tracer.note_parsed(live, parsed)
         if parsed.grammar_refusal is not None:
             self._metrics.count("tgi_request_success")
             self._responder.reply(live, triton_io.text_response(parsed.grammar_refusal.to_json()))
+            if self._tracer is not None:
+                self._tracer.end(live)
             return
         timeout_s = triton_io.request_timeout_s(request, parsed.parameters, self._config.limits.default_timeout_s)
         if parsed.input_ids is not None:
@@ -165,6 +175,8 @@ class TritonPythonModel:
         live.validation_s = time.monotonic() - live.arrival_s
         if live.cancelled:
             raise Cancelled("ended before it was queued")
+        if self._tracer is not None:
+            self._tracer.note_submitted(live)
         self._engine.submit(generation_request)
         self._responder.note_submitted(live)
         if live.cancelled:  # between the check and the submission
@@ -191,6 +203,12 @@ class TritonPythonModel:
     def _note_failure(self, live: LiveRequest, error: EngineError) -> None:
         self._metrics.note_failure(error)
         triton_request_log.note_failed(live, error)
+        if self._tracer is not None:
+            self._tracer.end(live, error)
+
+    def _trace(self, live: LiveRequest, request: Any) -> None:
+        if self._tracer is not None:
+            self._tracer.begin(live, triton_io.trace_context(request))
 
     def _answer_at_once(self, live: LiveRequest, error: EngineError) -> None:
         triton_io.send(live.sender, triton_io.error_response(error), final=True)
@@ -198,11 +216,15 @@ class TritonPythonModel:
     # ---- the engine's and the poller's threads -----------------------------------------------------------------
 
     def _on_report(self, report: StepReport) -> None:
+        if self._tracer is not None:
+            self._tracer.note_report(report)
         for live in self._responder.deliver(report):
             if live.error is not None:
                 self._note_failure(live, live.error)
                 continue
             triton_request_log.note_answered(live)
+            if self._tracer is not None:
+                self._tracer.end(live)
             self._metrics.note_success(
                 live.timings,
                 num_input=live.num_input_tokens,

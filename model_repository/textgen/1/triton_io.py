@@ -44,6 +44,8 @@ _FLAGS = (
 
 # Request parameters that belong to Triton or its clients and say nothing about generation.
 _FOREIGN_PARAMETERS = frozenset({"sequence_id", "sequence_start", "sequence_end", "binary_data_output"})
+# W3C's names of the trace that a request is part of. Triton makes parameters of the headers that it is told to forward.
+_TRACE_CONTEXT = ("traceparent", "tracestate")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,28 @@ class ChoiceNews:
 def is_cancel_request(request: Any) -> bool:
     """True for a request whose `cancel` input is true. Raises InvalidParameter for a malformed one."""
     return _flag(request, "cancel") is True
+
+
+def trace_context(request: Any) -> dict[str, str]:
+    """The trace that the request is part of; empty where it is part of none.
+
+    Triton's own span, where Triton traces the request; else what came as a header or as a parameter. Never raises: who
+    sends nonsense is told so by `parse_request`.
+    """
+    try:
+        of_triton = request.trace().get_context()
+        if of_triton:
+            return _context_of(json.loads(of_triton))
+        found = _context_of(json.loads(request.parameters() or "{}"))
+        return found or _context_of(json.loads(_text(request, "sampling_parameters") or "{}"))
+    except (ValueError, RecursionError, EngineError):
+        return {}
+
+
+def _context_of(given: Any) -> dict[str, str]:
+    if not isinstance(given, dict):
+        return {}
+    return {name: given[name] for name in _TRACE_CONTEXT if isinstance(given.get(name), str)}
 
 
 def parse_request(
@@ -286,9 +310,11 @@ def _given_parameters(request: Any) -> dict[str, Any]:
             raise InvalidParameter(f"`sampling_parameters` must be a JSON object; given: no JSON ({error})") from None
         if not isinstance(given, dict):
             raise InvalidParameter.for_value("sampling_parameters", given, "a JSON object")
+    for name in _TRACE_CONTEXT:
+        given.pop(name, None)
     scalars = json.loads(request.parameters() or "{}")
     for name, value in scalars.items():
-        if name in _FOREIGN_PARAMETERS or name.startswith("triton_"):
+        if name in _TRACE_CONTEXT or name in _FOREIGN_PARAMETERS or name.startswith("triton_"):
             continue
         if name in given and given[name] != value:
             raise InvalidParameter(

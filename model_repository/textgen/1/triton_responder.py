@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import triton_io
 
@@ -25,6 +25,9 @@ from textgen_engine.config import TransportConfig
 from textgen_engine.errors import EngineError, EngineFailure
 from textgen_engine.messages import StepReport
 from textgen_engine.request import Timings, TokenOutput
+
+if TYPE_CHECKING:
+    from triton_tracing import RequestTrace
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,8 @@ _POLL_SHARE = 0.1
 class LiveRequest:
     """One admitted request in the stub, from its arrival to its final flag.
 
-    key: unique in the server's life, the engine's name for it. client_id: the id the client gave, maybe empty.
+    key: unique in the server's life, the engine's name for it. client_id: the id the client gave, maybe empty. trace:
+    the tracer's, None where the request is not traced or its trace has ended.
     """
 
     key: str
@@ -50,6 +54,7 @@ class LiveRequest:
     validation_s: float = 0.0
     submitted: bool = False
     cancelled: bool = False
+    trace: RequestTrace | None = None
     # Held to ask the sender about cancellation and to send the final flag: Triton frees what is asked once that flag
     # is sent, and a question that comes later ends the whole server with SIGSEGV.
     sender_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -60,6 +65,7 @@ class LiveRequest:
     num_gathered_tokens: int = 0
     num_responses: int = 0
     num_input_tokens: int = 0
+    num_cached_tokens: int = 0
     timings: Timings | None = None
     last_sent_s: float = 0.0
     error: EngineError | None = None
@@ -145,6 +151,7 @@ class Responder:
                     continue
                 if output.error is not None:
                     live.error = output.error
+                    live.timings = output.timings or live.timings
                 elif output.choice in live.gathered:
                     live.gathered[output.choice].merge(output)
                 else:
@@ -155,6 +162,7 @@ class Responder:
                     live.reasons[output.choice] = output.finish_reason.value
                     live.timings = output.timings
                     live.num_input_tokens = output.num_prompt_tokens
+                    live.num_cached_tokens = output.num_cached_tokens
                 live.is_complete = output.is_last
                 if live.is_complete:
                     completed.append(live)

@@ -8,6 +8,7 @@ environment variable (`Option.env`) or, in lower case, as a parameter of textgen
 from __future__ import annotations
 
 import difflib
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -193,6 +194,19 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _tgi("log_level", str, "info", "what is logged", choices=("debug", "info", "warning", "error")),
     _tgi("json_output", bool, False, "log lines as JSON objects"),
+    # Traces.
+    _tgi("otlp_endpoint", str, None, "URL of the OpenTelemetry collector that gets a trace of each request"),
+    _tgi("otlp_service_name", str, "text-generation-inference.router", "service.name of the traces"),
+    _own("otlp_protocol", str, "grpc", "how traces are sent (usual ports: 4317, 4318)", choices=("grpc", "http")),
+    _own(
+        "trace_sample_ratio",
+        float,
+        1.0,
+        "share of requests that are traced, of those whose client has not decided it",
+        minimum=0,
+        maximum=1,
+    ),
+    _own("trace_tokens", bool, False, "an event for every token in every trace, not only where a request asks"),
 )
 
 # Options of TGI's launcher that mean something here but that this version cannot honour: name -> harmless values.
@@ -306,6 +320,17 @@ class GrammarConfig:
 
 
 @dataclass(frozen=True)
+class TracingConfig:
+    """Where traces go; endpoint None: nowhere, and nothing is traced."""
+
+    endpoint: str | None = None
+    service_name: str = "text-generation-inference.router"
+    protocol: Literal["grpc", "http"] = "grpc"
+    sample_ratio: float = 1.0
+    token_events: bool = False
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything, as the rooms receive it in parts."""
 
@@ -317,6 +342,7 @@ class EngineConfig:
     supervision: SupervisionConfig = SupervisionConfig()
     watermark: WatermarkConfig = WatermarkConfig()
     grammar: GrammarConfig = GrammarConfig()
+    tracing: TracingConfig = TracingConfig()
     log_level: str = "info"
     json_output: bool = False
 
@@ -407,6 +433,13 @@ def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, h
             step_timeout_s=values["grammar_step_timeout_s"],
             cache_bytes=values["grammar_cache_mib"] << 20,
         ),
+        tracing=TracingConfig(
+            endpoint=_collector_url(values["otlp_endpoint"]),
+            service_name=values["otlp_service_name"],
+            protocol=values["otlp_protocol"],
+            sample_ratio=values["trace_sample_ratio"],
+            token_events=values["trace_tokens"],
+        ),
         log_level=values["log_level"],
         json_output=values["json_output"],
     )
@@ -431,6 +464,19 @@ def _read_values(parameters: Mapping[str, str], environ: Mapping[str, str]) -> d
         text = environ.get(option.env, parameters.get(option.name, ""))
         values[option.name] = option.default if text == "" else option.read(text)
     return values
+
+
+def _collector_url(text: str | None) -> str | None:
+    if text is None:
+        return None
+    problem = ConfigError(f"OTLP_ENDPOINT must be a URL like http://localhost:4317; given: {text!r}")
+    try:
+        parts = urllib.parse.urlsplit(text)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise problem
+    except ValueError:
+        raise problem from None
+    return text
 
 
 def _closest(name: str, known: Mapping[str, Any]) -> str:

@@ -336,8 +336,8 @@ class Engine:
             self._note_prompt_scores(entry, scores)
         if launched.tokens is None:
             return
-        now_s = time.monotonic()
         token_ids = launched.tokens.token_ids.tolist()
+        report.time_s = now_s = time.monotonic()
         exhausted = None if launched.tokens.exhausted is None else launched.tokens.exhausted.tolist()
         reader = _ScoreReader(launched.tokens)
         for row, (sequence, token_id) in enumerate(zip(launched.sequences, token_ids, strict=True)):
@@ -500,6 +500,7 @@ class Engine:
                 self._constraints.check(live.request, result)
                 continue
             live.grammar = result
+            live.timings.grammar_ready_s = time.monotonic()
             try:
                 self._scheduler.add(self._add_choice(live, Sequence(live.request)))
             except Exception as error:  # every matcher of the backend is in use, or the library failed
@@ -558,7 +559,7 @@ class Engine:
         for choice in live.choices:
             if choice.sequence.status is not SequenceStatus.FINISHED:
                 self._drop_sequence(choice.sequence)
-        report.outputs.append(TokenOutput(request_id, error=error, is_last=True))
+        report.outputs.append(TokenOutput(request_id, error=error, timings=live.timings, is_last=True))
 
     def _add_choice(self, live: _LiveRequest, sequence: Sequence) -> Sequence:
         request = live.request

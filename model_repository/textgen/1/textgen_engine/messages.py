@@ -25,9 +25,11 @@ class StepReport:
     """What one turn of the engine's loop tells the outside.
 
     started: requests that hold blocks from now on (said before the step that first touches them runs, so that after a
-    crash they can be told from those that had no part in it). outputs: at most one per choice.
+    crash they can be told from those that had no part in it). outputs: at most one per choice. time_s: when the step's
+    tokens were there, in seconds of `time.monotonic()`.
     """
 
     started: list[str] = field(default_factory=list)
     outputs: list[TokenOutput] = field(default_factory=list)
     metrics: StepMetrics | None = None
+    time_s: float = 0.0

@@ -84,6 +84,7 @@ class RequestParameters:
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
+    trace_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -744,6 +745,12 @@ PARAMETERS: tuple[ParameterGroup, ...] = (
                 "LoRA adapter to apply. This version has none, so every name is refused.",
                 aliases=("lora_name",),
             ),
+            Parameter(
+                "trace_tokens",
+                Boolean(),
+                "false",
+                "An event for every token in the request's trace, where the server makes traces (`OTLP_ENDPOINT`).",
+            ),
         ),
     ),
 )
@@ -824,6 +831,7 @@ def parse_parameters(
         add_generation_prompt=values.get("add_generation_prompt"),
         continue_final_message=values.get("continue_final_message"),
         add_special_tokens=values.get("add_special_tokens"),
+        trace_tokens=values.get("trace_tokens", False),
     )
 
 

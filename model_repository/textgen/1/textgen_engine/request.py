@@ -107,9 +107,13 @@ class TokenDetail:
 
 @dataclass(slots=True)
 class Timings:
-    """Seconds of `time.monotonic()` at which a request reached each stage; None where it never did."""
+    """Seconds of `time.monotonic()` at which a request reached each stage; None where it never did.
+
+    grammar_ready_s: when its grammar was compiled, or found compiled.
+    """
 
     arrival_s: float
+    grammar_ready_s: float | None = None
     scheduled_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
@@ -125,7 +129,8 @@ class TokenOutput:
     prompt_details: on the first output only, when the request asked for them.
     finish_reason: set on the last output of the choice. seed: set on the last output when the choice was sampled.
     warnings: on the last output of the choice, what the client should know (say, a grammar cut short).
-    error: set instead of text when the request failed. is_last: no output of this request follows, of any choice.
+    error: set instead of text when the request failed (timings: as far as it came).
+    is_last: no output of this request follows, of any choice.
     """
 
     request_id: str

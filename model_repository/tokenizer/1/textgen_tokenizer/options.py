@@ -16,6 +16,8 @@ from textgen_tokenizer.errors import InvalidParameter, ToolError
 Json = Any
 
 _ALIASES = {"truncate_prompt_tokens": "truncate"}
+# A request's trace, which may come as a header and in its parameters and concerns `textgen` alone.
+_IGNORED = frozenset({"traceparent", "tracestate"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,8 @@ def parse_options(sampling_parameters: str | None, parameters: Mapping[str, Json
 def _merge(values: dict[str, Json], new: Mapping[str, Json]) -> None:
     for given_name, value in new.items():
         name = _ALIASES.get(given_name, given_name)
+        if name in _IGNORED:
+            continue
         if value is None:  # what JSON clients send for "not given"
             continue
         if name in values and values[name] != value:
