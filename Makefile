@@ -20,10 +20,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup serve test lint bench check-image clean
+.PHONY: help setup serve test lint bench bench-compare rivals check-image clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMPS)/packages $(STAMPS)/kernels $(MODEL)/manifest.json ## create .venv, install everything, prepare the demonstration model
 
@@ -40,6 +40,15 @@ lint: $(STAMPS)/packages ## ruff (style, imports, format) and mypy
 
 bench: setup ## measure a running server with NVIDIA's perf_analyzer; writes benchmarks/results/
 	$(BIN)/python scripts/benchmark/perf_analyzer.py $(ARGS)
+
+RIVALS := $(CACHE)/rivals
+
+bench-compare: setup ## our server beside every installed rival, taking turns; takes half an hour on an idle machine
+	@$(PIP) ".[benchmark]"
+	$(BIN)/python scripts/benchmark/compare.py $(ARGS)
+
+rivals: setup ## install the engines that bench-compare knows, each in an environment of its own (10 GB, half an hour)
+	OUR_PYTHON=$(abspath $(BIN)/python) scripts/benchmark/install_rivals.sh $(RIVALS) $(MODEL)
 
 check-image: setup ## run the instructions of docker/Dockerfile.cpu in a fresh folder, up to a healthy server
 	rm -rf $(CACHE)/image
