@@ -53,6 +53,14 @@ _SIZES: dict[str, Any] = {
     # Wide enough for logits that differ: a random model of the usual range is nearly uniform, and repeats itself.
     "initializer_range": 0.3,
 }
+_LATENT_SIZES: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+}
 # family -> transformers' configuration class, what differs from _SIZES
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"num_key_value_heads": 2, "num_hidden_layers": 3}),
@@ -76,7 +84,42 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("CohereConfig", {"num_key_value_heads": 2}),
     "gpt_bigcode": ("GPTBigCodeConfig", {"n_inner": 96}),
     "mixtral": ("MixtralConfig", {"num_key_value_heads": 2, "num_local_experts": 4}),
-    "gemma2": ("Gemma2Config", {"num_key_value_heads": 2, "head_dim": 16}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+        },
+    ),
+    "gemma2": ("Gemma2Config", {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8}),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {
+            **_LATENT_SIZES,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 48,
+            "first_k_dense_replace": 1,
+            "topk_method": "greedy",
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **_LATENT_SIZES,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 48,
+            "first_k_dense_replace": 1,
+            "n_group": 2,
+            "topk_group": 1,
+        },
+    ),
     "gpt_oss": (
         "GptOssConfig",
         {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
@@ -91,6 +134,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 2,
             "intermediate_size_mlp": 96,
             "attention_chunk_size": 8,
+            "floor_scale": 4,
+            "no_rope_layers": [1, 0],
         },
     ),
 }

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata
+from textgen_engine.attention.base import AttentionBackend, AttentionMetadata, Scoring
 from textgen_engine.attention.compiled import CompiledBackend
 from textgen_engine.attention.invariant import InvariantBackend
 from textgen_engine.attention.sdpa import SdpaBackend
-from textgen_engine.errors import ModelLoadError
 from textgen_engine.kernels.cpu import load_kernels
 
 TOLERANCE = 2e-5
@@ -101,28 +100,34 @@ BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
 }
 
 
-def run(
-    step: Step, *, scale: float, sliding_window: int | None = None, kind: Callable[[], AttentionBackend] = SdpaBackend
-) -> torch.Tensor:
+def run(step: Step, scoring: Scoring, kind: Callable[[], AttentionBackend] = SdpaBackend) -> torch.Tensor:
     backend = kind()
     backend.prepare(step.metadata)
-    return backend.run(0, step.query, step.key, step.value, step.metadata, scale=scale, sliding_window=sliding_window)
+    return backend.run(0, step.query, step.key, step.value, step.metadata, scoring)
 
 
-def dense(step: Step, *, scale: float, sliding_window: int | None = None) -> torch.Tensor:
-    """softmax(q k^T * scale) v in float64, one query and one head at a time."""
+def dense(step: Step, scoring: Scoring) -> torch.Tensor:
+    """The formula of Scoring in float64, one query and one head at a time."""
     rows: list[torch.Tensor] = []
     heads = step.query.shape[1]
     for index, query_len in enumerate(step.metadata.query_lens):
         key, value = step.keys[index].double(), step.values[index].double()
         ratio = heads // key.shape[1]
         for position in range(len(key) - query_len, len(key)):
-            first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+            first = scoring.first_visible(position)
             query = step.query[len(rows)].double()
             row = []
             for head in range(heads):
-                scores = key[first : position + 1, head // ratio] @ query[head] * scale
-                row.append(torch.softmax(scores, 0) @ value[first : position + 1, head // ratio])
+                scores = key[first : position + 1, head // ratio] @ query[head] * scoring.scale
+                if scoring.soft_cap is not None:
+                    scores = scoring.soft_cap * torch.tanh(scores / scoring.soft_cap)
+                if scoring.alibi_slopes is not None:
+                    scores += scoring.alibi_slopes[head].double() * torch.arange(first - position, 1)
+                visible = value[first : position + 1, head // ratio]
+                if scoring.sinks is not None:
+                    scores = torch.cat((scores, scoring.sinks[head : head + 1].double()))
+                    visible = torch.cat((visible, torch.zeros_like(visible[:1])))
+                row.append(torch.softmax(scores, 0) @ visible)
             rows.append(torch.stack(row))
     return torch.stack(rows)
 
@@ -145,10 +150,39 @@ MIXES = {
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_dense_attention(mix: str, heads: int, kv_heads: int, sliding_window: int | None, backend: str) -> None:
     step = make_step(MIXES[mix], heads=heads, kv_heads=kv_heads)
-    found = run(step, scale=0.25, sliding_window=sliding_window, kind=BACKENDS[backend])
-    torch.testing.assert_close(
-        found.double(), dense(step, scale=0.25, sliding_window=sliding_window), atol=TOLERANCE, rtol=0
-    )
+    scoring = Scoring(0.25, sliding_window)
+    found = run(step, scoring, BACKENDS[backend])
+    torch.testing.assert_close(found.double(), dense(step, scoring), atol=TOLERANCE, rtol=0)
+
+
+SCORINGS: dict[str, Callable[[int], Scoring]] = {
+    "soft cap": lambda heads: Scoring(1.0, soft_cap=1.5),
+    "sinks": lambda heads: Scoring(0.25, sinks=torch.linspace(-3, 5, heads)),
+    "alibi": lambda heads: Scoring(0.25, alibi_slopes=2.0 ** -torch.arange(1.0, heads + 1)),
+    "chunks": lambda heads: Scoring(0.25, chunk_size=5),
+    "all of it": lambda heads: Scoring(
+        1.0, 40, 32, 2.0, sinks=torch.linspace(-1, 1, heads), alibi_slopes=torch.linspace(0.1, 1, heads)
+    ),
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("heads", [2, 6, 14])
+@pytest.mark.parametrize("kind", SCORINGS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_layers_ask_for_beyond_products(mix: str, heads: int, kind: str, backend: str) -> None:
+    """With values of another size than keys."""
+    step = make_step(MIXES[mix], heads=heads, kv_heads=2, value_dim=32)
+    scoring = SCORINGS[kind](heads)
+    found = run(step, scoring, BACKENDS[backend])
+    torch.testing.assert_close(found.double(), dense(step, scoring), atol=TOLERANCE, rtol=0)
+
+
+def test_long_chunks_run_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("textgen_engine.attention.sdpa._TILE_SCORES", 6 * 60 * 7)
+    step = make_step([(50, 60)], heads=6, kv_heads=2)
+    scoring = SCORINGS["all of it"](6)
+    torch.testing.assert_close(run(step, scoring).double(), dense(step, scoring), atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -166,16 +200,14 @@ def test_random_shapes(seed: int) -> None:
         block_size=rng.choice([1, 2, 16, 64]),
         seed=seed,
     )
-    scale = 1 / math.sqrt(step.query.shape[2])
-    window = rng.choice([None, rng.randint(1, 50)])
-    found = run(step, scale=scale, sliding_window=window)
-    torch.testing.assert_close(found.double(), dense(step, scale=scale, sliding_window=window), atol=TOLERANCE, rtol=0)
+    scoring = Scoring(1 / math.sqrt(step.query.shape[2]), rng.choice([None, rng.randint(1, 50)]))
+    torch.testing.assert_close(run(step, scoring).double(), dense(step, scoring), atol=TOLERANCE, rtol=0)
 
 
 def test_keys_and_values_are_stored_where_the_slots_say() -> None:
     step = make_step([(1, 6), (5, 9)], heads=2, kv_heads=1)
     before = step.metadata.keys[0].clone()
-    run(step, scale=1.0)
+    run(step, Scoring(1.0))
     written = {(int(b), int(o)) for b, o in zip(step.metadata.slot_blocks, step.metadata.slot_offsets, strict=True)}
     for row, (block, offset) in enumerate(
         zip(step.metadata.slot_blocks.tolist(), step.metadata.slot_offsets.tolist(), strict=True)
@@ -192,12 +224,12 @@ def test_keys_and_values_are_stored_where_the_slots_say() -> None:
 def test_what_others_left_in_the_cache_reaches_nobody(bad: float) -> None:
     """The numbers of a request that overflowed stay in its blocks; the next owner of those must not notice."""
     lengths = [(1, 2), (1, 7), (1, 90), (1, 301), (6, 6), (4, 50)]
-    expected = run(make_step(lengths, heads=4, kv_heads=2, stale=0.0), scale=0.25)
+    expected = run(make_step(lengths, heads=4, kv_heads=2, stale=0.0), Scoring(0.25))
 
     overflowed = make_step([(1, 3), (5, 9)], heads=4, kv_heads=2)
     overflowed.key.fill_(bad)
     overflowed.value.fill_(bad)
-    run(overflowed, scale=0.25)
+    run(overflowed, Scoring(0.25))
     block, offset = int(overflowed.metadata.slot_blocks[0]), int(overflowed.metadata.slot_offsets[0])
 
     mark = 12345.0
@@ -207,7 +239,7 @@ def test_what_others_left_in_the_cache_reaches_nobody(bad: float) -> None:
         (step.metadata.values[0], overflowed.metadata.values),
     ):
         cache[cache == mark] = left[0][block, 0, offset, 0]
-    assert torch.equal(run(step, scale=0.25), expected)
+    assert torch.equal(run(step, Scoring(0.25)), expected)
 
 
 def test_lengths_far_apart_do_not_pad_one_another() -> None:
@@ -216,11 +248,4 @@ def test_lengths_far_apart_do_not_pad_one_another() -> None:
     groups = step.metadata.plan.groups  # type: ignore[attr-defined]
     assert sorted(group.num_rows for group in groups) == [1, 1, 2]
     for group in groups:
-        assert group.blocks.shape[1] * 4 < 2 * int(group.lengths.min()) + 64 + 4
-
-
-@pytest.mark.parametrize("feature", ["soft_cap", "sinks"])
-def test_features_it_lacks_are_refused(feature: str) -> None:
-    with pytest.raises(ModelLoadError, match="SDPA"):
-        SdpaBackend().check(AttentionFeatures(**{feature: True}))
-    SdpaBackend().check(AttentionFeatures(sliding_window=True))
+        assert group.blocks.shape[1] * 4 < 2 * (int(group.positions.min()) + 1) + 64 + 4

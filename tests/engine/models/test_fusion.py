@@ -76,5 +76,5 @@ def test_a_layer_that_only_looks_alike_stays_stock(checkpoint: Callable[[str], P
         checkpoint("llama"), dtype=torch.float32, attn_implementation=bridge.ATTENTION_NAME
     ).requires_grad_(False)
     model.model.layers[1].mlp.act_fn = torch.nn.GELU()
-    assert fuse_layers(model, None) == 2
+    assert fuse_layers(model, None, {}) == 2
     assert not isinstance(model.model.layers[1], FusedGatedLayer)

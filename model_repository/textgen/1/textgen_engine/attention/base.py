@@ -15,11 +15,50 @@ import torch
 
 @dataclass(frozen=True)
 class AttentionFeatures:
-    """What a model's attention layers ask for beside plain softmax attention with a causal mask."""
+    """What a model's attention layers ask for beside plain softmax attention with a causal mask; see `Scoring`."""
 
     sliding_window: bool = False
+    chunks: bool = False
     soft_cap: bool = False
     sinks: bool = False
+    alibi: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """How one layer turns queries and keys into weights: softmax over the visible keys of
+
+        soft_cap * tanh(scale * q . k / soft_cap) + alibi_slope * (key position - query position)
+
+    scale: of the scores. soft_cap: None leaves them uncapped.
+    sliding_window: a token sees itself and at most sliding_window - 1 tokens before it; None sees all.
+    chunk_size: positions are cut into chunks of so many, and a token sees nothing before its own chunk.
+    sinks: [num_heads], one more score per head, of a key whose value is zero.
+    alibi_slopes: float32 [num_heads].
+    """
+
+    scale: float
+    sliding_window: int | None = None
+    chunk_size: int | None = None
+    soft_cap: float | None = None
+    sinks: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+
+    @property
+    def features(self) -> AttentionFeatures:
+        """What of it a backend must be able to do."""
+        return AttentionFeatures(
+            sliding_window=self.sliding_window is not None,
+            chunks=self.chunk_size is not None,
+            soft_cap=self.soft_cap is not None,
+            sinks=self.sinks is not None,
+            alibi=self.alibi_slopes is not None,
+        )
+
+    def first_visible(self, position: int) -> int:
+        """The first position that a query at `position` may see."""
+        first = 0 if self.sliding_window is None else max(0, position - self.sliding_window + 1)
+        return first if self.chunk_size is None else max(first, position // self.chunk_size * self.chunk_size)
 
 
 @dataclass
@@ -64,13 +103,10 @@ class AttentionBackend(ABC):
         key: torch.Tensor,
         value: torch.Tensor,
         metadata: AttentionMetadata,
-        *,
-        scale: float,
-        sliding_window: int | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         """Store key and value, then attend.
 
         query [num_tokens, num_heads, head_dim], key [num_tokens, num_kv_heads, head_dim],
         value [num_tokens, num_kv_heads, value_dim] -> [num_tokens, num_heads, value_dim].
-        sliding_window: a token sees itself and at most sliding_window - 1 tokens before it; None sees all.
         """

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata
+from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata, Scoring
 from textgen_engine.attention.sdpa import Chunk, SdpaBackend, attend_chunks, plan_chunks
 from textgen_engine.kernels.cpu import HEAD_DIM_MULTIPLE, CpuKernels
 
@@ -47,13 +47,11 @@ class CompiledBackend(AttentionBackend):
         key: torch.Tensor,
         value: torch.Tensor,
         metadata: AttentionMetadata,
-        *,
-        scale: float,
-        sliding_window: int | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         plan = metadata.plan
         if not isinstance(plan, _CompiledPlan):
-            return self._other.run(layer, query, key, value, metadata, scale=scale, sliding_window=sliding_window)
+            return self._other.run(layer, query, key, value, metadata, scoring)
         keys, values = metadata.keys[layer], metadata.values[layer]
         query, key, value = (_dense(tensor) for tensor in (query, key, value))
         self._kernels.store(key, keys, metadata.slot_blocks, metadata.slot_offsets, finite=False)
@@ -67,10 +65,14 @@ class CompiledBackend(AttentionBackend):
                 metadata.block_tables,
                 plan.lengths,
                 output,
-                scale=scale,
-                sliding_window=sliding_window,
+                scale=scoring.scale,
+                sliding_window=scoring.sliding_window,
+                chunk_size=scoring.chunk_size,
+                soft_cap=scoring.soft_cap,
+                sinks=scoring.sinks,
+                alibi_slopes=scoring.alibi_slopes,
             )
-        attend_chunks(output, query, key, value, keys, values, plan.chunks, scale, sliding_window)
+        attend_chunks(output, query, key, value, keys, values, plan.chunks, scoring)
         return output
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata
+from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata, Scoring
 from textgen_engine.attention.paging import gather_blocks, store
-from textgen_engine.errors import ModelLoadError
+from textgen_engine.attention.scores import adjusted, hidden_keys
 
 _TILE_ROWS = 16
 _RUN_KEYS = 256
@@ -24,8 +24,7 @@ class InvariantBackend(AttentionBackend):
     """See the module's docstring."""
 
     def check(self, features: AttentionFeatures) -> None:
-        if features.soft_cap or features.sinks:
-            raise ModelLoadError("batch-invariant attention does not support soft-capped scores or attention sinks")
+        pass
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         pass
@@ -37,9 +36,7 @@ class InvariantBackend(AttentionBackend):
         key: torch.Tensor,
         value: torch.Tensor,
         metadata: AttentionMetadata,
-        *,
-        scale: float,
-        sliding_window: int | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         keys, values = metadata.keys[layer], metadata.values[layer]
         store(key, value, keys, values, metadata)
@@ -48,11 +45,11 @@ class InvariantBackend(AttentionBackend):
         for i, (query_len, seq_len) in enumerate(zip(metadata.query_lens, metadata.seq_lens, strict=True)):
             blocks = metadata.block_tables[i : i + 1, : -(-seq_len // keys.shape[2])]
             output[start : start + query_len] = _attend(
-                query[start : start + query_len] * scale,
+                query[start : start + query_len],
                 _whole_runs(gather_blocks(keys, blocks)[0]),
                 _whole_runs(gather_blocks(values, blocks)[0]),
                 seq_len - query_len,
-                sliding_window,
+                scoring,
             )
             start += query_len
         return output
@@ -64,32 +61,39 @@ def _whole_runs(gathered: torch.Tensor) -> torch.Tensor:
 
 
 def _attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first_position: int, sliding_window: int | None
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first_position: int, scoring: Scoring
 ) -> torch.Tensor:
-    """query [rows, heads, dim] (scaled), at positions first_position + row; keys, values [kv_heads, whole runs, dim]
+    """query [rows, heads, dim], at positions first_position + row; keys, values [kv_heads, whole runs, dim]
     -> [rows, heads, value_dim]."""
     num_rows, num_heads, dim = query.shape
     num_kv_heads = keys.shape[0]
     group = num_heads // num_kv_heads
     padding = -(num_rows * group) % _TILE_ROWS
-    tiles = query.view(num_rows, num_kv_heads, group, dim).transpose(0, 1).reshape(num_kv_heads, -1, dim)
+    scaled = (query * scoring.scale).view(num_rows, num_kv_heads, group, dim)
+    tiles = scaled.transpose(0, 1).reshape(num_kv_heads, -1, dim)
     tiles = torch.nn.functional.pad(tiles, (0, 0, 0, padding)).view(num_kv_heads, -1, _TILE_ROWS, dim)
     num_tiles = tiles.shape[1]
-    positions = torch.arange(num_rows * group + padding, device=query.device) // group + first_position
-    positions = positions.view(1, num_tiles, _TILE_ROWS, 1)
+    rows = torch.arange(num_rows * group + padding, device=query.device)  # of all heads that share keys, head by head
+    positions = (rows // group + first_position).view(1, num_tiles, _TILE_ROWS, 1)
 
-    highest = query.new_full((num_kv_heads, num_tiles, _TILE_ROWS, 1), float("-inf"))
-    total = torch.zeros_like(highest)
+    def per_row(values: torch.Tensor) -> torch.Tensor:  # [num_heads] -> [kv_heads, tiles, _TILE_ROWS, 1]
+        return values.view(num_kv_heads, group)[:, rows % group].view(num_kv_heads, num_tiles, _TILE_ROWS, 1)
+
+    slopes = None if scoring.alibi_slopes is None else per_row(scoring.alibi_slopes)
+    if scoring.sinks is None:
+        highest = query.new_full((num_kv_heads, num_tiles, _TILE_ROWS, 1), float("-inf"))
+        total = torch.zeros_like(highest)
+    else:  # as if a run before the first had held the sink alone
+        highest = per_row(scoring.sinks).to(query.dtype)
+        total = torch.ones_like(highest)
     output = query.new_zeros(num_kv_heads, num_tiles, _TILE_ROWS, values.shape[2])
     for begin in range(0, keys.shape[1], _RUN_KEYS):
         run_keys = keys[:, None, begin : begin + _RUN_KEYS].expand(-1, num_tiles, -1, -1)
         run_values = values[:, None, begin : begin + _RUN_KEYS].expand(-1, num_tiles, -1, -1)
         scores = torch.matmul(tiles, run_keys.transpose(2, 3))  # [kv_heads, tiles, _TILE_ROWS, _RUN_KEYS]
         key_positions = torch.arange(begin, begin + _RUN_KEYS, device=query.device)
-        hidden = key_positions > positions
-        if sliding_window is not None:
-            hidden = hidden | (key_positions <= positions - sliding_window)
-        scores = scores.masked_fill(hidden, float("-inf"))
+        scores = adjusted(scores, positions, key_positions, scoring.soft_cap, slopes)
+        scores = scores.masked_fill(hidden_keys(positions, key_positions, scoring), float("-inf"))
         new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
         # Before a row has seen any key its highest score is -inf, and -inf - -inf would be NaN.
         reference = new_highest.clamp(min=torch.finfo(scores.dtype).min)

@@ -2,7 +2,8 @@
 
 Decodes are batched: sequences of similar length are gathered from the cache into one padded tensor and attend in two
 batched matrix products per group (PyTorch's scaled_dot_product_attention takes a slow path for one-row queries with
-grouped heads). Chunks of prompts run one by one through scaled_dot_product_attention.
+grouped heads). Chunks of prompts run one by one through scaled_dot_product_attention, or, where a layer caps its scores
+or has sinks or ALiBi, through matrix products over tiles of query rows.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata
+from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata, Scoring
 from textgen_engine.attention.paging import gather_blocks, store
-from textgen_engine.errors import ModelLoadError
+from textgen_engine.attention.scores import adjusted, hidden_keys, per_head, weights_of
+
+# Scores that one tile of a chunk may take at most: 64 MiB as float32.
+_TILE_SCORES = 1 << 24
 
 
 @dataclass
@@ -22,15 +26,14 @@ class _DecodeGroup:
     """Decodes whose lengths differ by less than a factor of two.
 
     rows: int64 [n], query rows (None: all of the first n rows, in order). blocks: int64 [n, num_blocks].
-    lengths: int64 [n, 1, 1, 1]; key_positions: int64 [num_blocks * block_size].
+    positions: int64 [n, 1, 1, 1, 1], of the queries; key_positions: int64 [num_blocks * block_size].
     """
 
     rows: torch.Tensor | None
     num_rows: int
     blocks: torch.Tensor
-    lengths: torch.Tensor
+    positions: torch.Tensor
     key_positions: torch.Tensor
-    hidden: torch.Tensor  # bool [n, 1, 1, num_keys]: True where the key is past the sequence's end
 
 
 @dataclass
@@ -54,9 +57,7 @@ class SdpaBackend(AttentionBackend):
     """See the module's docstring. Works on any device, in any float type."""
 
     def check(self, features: AttentionFeatures) -> None:
-        if features.soft_cap or features.sinks:
-            lacking = "soft-capped scores" if features.soft_cap else "attention sinks"
-            raise ModelLoadError(f"the SDPA attention backend does not support {lacking}, which this model needs")
+        pass
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         block_size = metadata.keys[0].shape[2]
@@ -65,20 +66,13 @@ class SdpaBackend(AttentionBackend):
         decode_lens = metadata.seq_lens[: metadata.num_decodes]
         for rows in _similar_lengths(decode_lens):
             num_blocks = -(-max(decode_lens[row] for row in rows) // block_size)
-            lengths = torch.tensor([decode_lens[row] for row in rows], device=device).view(-1, 1, 1, 1)
+            positions = torch.tensor([decode_lens[row] - 1 for row in rows], device=device).view(-1, 1, 1, 1, 1)
             is_all = len(rows) == metadata.num_decodes
             index = torch.tensor(rows, device=device)
             blocks = metadata.block_tables[: metadata.num_decodes] if is_all else metadata.block_tables[index]
-            positions = torch.arange(num_blocks * block_size, device=device)
+            key_positions = torch.arange(num_blocks * block_size, device=device)
             groups.append(
-                _DecodeGroup(
-                    None if is_all else index,
-                    len(rows),
-                    blocks[:, :num_blocks],
-                    lengths,
-                    positions,
-                    positions >= lengths,
-                )
+                _DecodeGroup(None if is_all else index, len(rows), blocks[:, :num_blocks], positions, key_positions)
             )
         metadata.plan = _Plan(groups, plan_chunks(metadata))
 
@@ -89,9 +83,7 @@ class SdpaBackend(AttentionBackend):
         key: torch.Tensor,
         value: torch.Tensor,
         metadata: AttentionMetadata,
-        *,
-        scale: float,
-        sliding_window: int | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         keys, values = metadata.keys[layer], metadata.values[layer]
         store(key, value, keys, values, metadata)
@@ -100,12 +92,12 @@ class SdpaBackend(AttentionBackend):
         output = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
         for group in plan.groups:
             rows = query[: group.num_rows] if group.rows is None else query[group.rows]
-            attended = _decode(rows, keys, values, group, scale, sliding_window)
+            attended = _decode(rows, keys, values, group, scoring)
             if group.rows is None:
                 output[: group.num_rows] = attended
             else:
                 output[group.rows] = attended
-        attend_chunks(output, query, key, value, keys, values, plan.chunks, scale, sliding_window)
+        attend_chunks(output, query, key, value, keys, values, plan.chunks, scoring)
         return output
 
 
@@ -135,8 +127,7 @@ def attend_chunks(
     keys: torch.Tensor,
     values: torch.Tensor,
     chunks: list[Chunk],
-    scale: float,
-    sliding_window: int | None,
+    scoring: Scoring,
 ) -> None:
     """Fill the chunks' rows of output [num_tokens, num_heads, value_dim]; the step's K and V are stored already."""
     for chunk in chunks:
@@ -148,8 +139,7 @@ def attend_chunks(
             keys,
             values,
             chunk,
-            scale,
-            sliding_window,
+            scoring,
         )
 
 
@@ -168,21 +158,19 @@ def _decode(
     keys: torch.Tensor,
     values: torch.Tensor,
     group: _DecodeGroup,
-    scale: float,
-    sliding_window: int | None,
+    scoring: Scoring,
 ) -> torch.Tensor:
     """One query row per sequence: query [n, num_heads, dim] -> [n, num_heads, value_dim]."""
     num_rows, num_heads, dim = query.shape
     num_kv_heads = keys.shape[1]
     k = gather_blocks(keys, group.blocks)  # [n, kv_heads, num_keys, dim]
     v = gather_blocks(values, group.blocks)
-    q = query.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, dim) * scale
-    scores = torch.matmul(q, k.transpose(2, 3))  # [n, kv_heads, heads per kv head, num_keys]
-    hidden = group.hidden
-    if sliding_window is not None:
-        hidden = hidden | (group.key_positions < group.lengths - sliding_window)
-    scores = scores.masked_fill_(hidden, float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+    q = query.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, dim) * scoring.scale
+    scores = torch.matmul(q, k.transpose(2, 3)).unsqueeze(3)  # [n, kv_heads, heads per kv head, 1, num_keys]
+    slopes = per_head(scoring.alibi_slopes, scores)
+    scores = adjusted(scores, group.positions, group.key_positions, scoring.soft_cap, slopes)
+    hidden = hidden_keys(group.positions, group.key_positions, scoring)
+    weights = weights_of(scores, hidden, scoring).squeeze(3).to(v.dtype)
     return torch.matmul(weights, v).reshape(num_rows, num_heads, v.shape[3])
 
 
@@ -193,8 +181,7 @@ def _prefill(
     keys: torch.Tensor,
     values: torch.Tensor,
     chunk: Chunk,
-    scale: float,
-    sliding_window: int | None,
+    scoring: Scoring,
 ) -> torch.Tensor:
     """One chunk: query [query_len, num_heads, dim] -> [query_len, num_heads, value_dim]."""
     if chunk.blocks is None:
@@ -202,15 +189,48 @@ def _prefill(
     else:
         k = gather_blocks(keys, chunk.blocks[None])[:, :, : chunk.seq_len]
         v = gather_blocks(values, chunk.blocks[None])[:, :, : chunk.seq_len]
+    positions = torch.arange(chunk.seq_len, device=query.device)
+    queries = positions[chunk.seq_len - chunk.query_len :].view(-1, 1)
+    if scoring.soft_cap is not None or scoring.sinks is not None or scoring.alibi_slopes is not None:
+        return _prefill_by_tiles(query, k[0], v[0], queries, positions, scoring)
     visible = chunk.visible
-    if sliding_window is not None and chunk.seq_len > sliding_window:
-        positions = torch.arange(chunk.seq_len, device=query.device)
-        queries = positions[chunk.seq_len - chunk.query_len :].view(-1, 1)
-        visible = (positions <= queries) & (positions > queries - sliding_window)
+    if scoring.first_visible(chunk.seq_len - 1) > 0:
+        visible = ~hidden_keys(queries, positions, scoring)
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     attended = functional.scaled_dot_product_attention(
-        query.transpose(0, 1)[None], k, v, attn_mask=visible, is_causal=visible is None, scale=scale
+        query.transpose(0, 1)[None], k, v, attn_mask=visible, is_causal=visible is None, scale=scoring.scale
     )
     return attended[0].transpose(0, 1)
+
+
+def _prefill_by_tiles(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    scoring: Scoring,
+) -> torch.Tensor:
+    """query [rows, heads, dim] at query_positions [rows, 1], keys and values [kv_heads, num_keys, dim] ->
+    [rows, heads, value_dim]."""
+    num_rows, num_heads, dim = query.shape
+    num_kv_heads, num_keys, value_dim = values.shape
+    group = num_heads // num_kv_heads
+    output = query.new_empty(num_rows, num_heads, value_dim)
+    tile_rows = max(1, _TILE_SCORES // (num_heads * num_keys))
+    for begin in range(0, num_rows, tile_rows):
+        rows = query[begin : begin + tile_rows]
+        positions = query_positions[begin : begin + tile_rows]
+        q = rows.view(-1, num_kv_heads, group, dim).permute(1, 2, 0, 3) * scoring.scale  # [kv_heads, group, rows, dim]
+        scores = torch.matmul(q.reshape(num_kv_heads, -1, dim), keys.transpose(1, 2))
+        scores = scores.view(num_kv_heads, group, -1, num_keys)
+        slopes = per_head(scoring.alibi_slopes, scores)
+        scores = adjusted(scores, positions, key_positions, scoring.soft_cap, slopes)
+        weights = weights_of(scores, hidden_keys(positions, key_positions, scoring), scoring).to(values.dtype)
+        attended = torch.matmul(weights.view(num_kv_heads, -1, num_keys), values)
+        output[begin : begin + tile_rows] = (
+            attended.view(num_kv_heads, group, -1, value_dim).permute(2, 0, 1, 3).reshape(-1, num_heads, value_dim)
+        )
+    return output

@@ -44,7 +44,7 @@ class CpuKernels:
         )
         self._linear.argtypes = _types("pppppiii")
         self._store.argtypes = _types("piipppiiiii")
-        self._decode.argtypes = _types("ppiipppippiiiiiifi")
+        self._decode.argtypes = _types("ppiipppippiiiiiifiifpp")
         self._layer_in, self._layer_out = library.textgen_layer_in, library.textgen_layer_out
         self._layer_in.argtypes = _types("pppppppppiiiiif")
         self._layer_out.argtypes = _types("pppppppppppppppiiiif")
@@ -163,10 +163,17 @@ class CpuKernels:
         output: torch.Tensor,
         *,
         scale: float,
-        sliding_window: int | None,
+        sliding_window: int | None = None,
+        chunk_size: int | None = None,
+        soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
     ) -> None:
         """One query per sequence: query [n, num_heads, dim] over block_tables int64 [>= n, max_blocks] and lengths
-        int64 [n], into the first n rows of output [>= n, num_heads, value_dim], contiguous. Reads each block once."""
+        int64 [n], into the first n rows of output [>= n, num_heads, value_dim], contiguous. Reads each block once.
+        The options are those of attention.base.Scoring; sinks and slopes float32, contiguous."""
+        assert sinks is None or (sinks.is_contiguous() and sinks.dtype is torch.float32)
+        assert alibi_slopes is None or (alibi_slopes.is_contiguous() and alibi_slopes.dtype is torch.float32)
         assert query.stride(2) == 1 and keys.is_contiguous() and values.is_contiguous() and output.is_contiguous()
         assert block_tables.stride(1) == 1 and lengths.is_contiguous()
         assert query.shape[2] % HEAD_DIM_MULTIPLE == 0 and values.shape[3] % HEAD_DIM_MULTIPLE == 0
@@ -189,6 +196,10 @@ class CpuKernels:
             values.shape[3],
             scale,
             sliding_window or 0,
+            chunk_size or 0,
+            soft_cap or 0.0,
+            _address(sinks),
+            _address(alibi_slopes),
         )
 
 

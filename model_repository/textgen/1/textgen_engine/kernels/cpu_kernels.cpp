@@ -353,11 +353,14 @@ void textgen_store(const float* source, int64_t token_stride, int64_t head_strid
 void textgen_decode(void* pool, const float* query, int64_t token_stride, int64_t head_stride, const float* keys,
                     const float* values, const int64_t* block_tables, int64_t table_stride, const int64_t* lengths,
                     float* output, int64_t num_sequences, int64_t num_heads, int64_t num_kv_heads, int64_t block_size,
-                    int64_t dim, int64_t value_dim, float scale, int64_t window) {
+                    int64_t dim, int64_t value_dim, float scale, int64_t window, int64_t chunk, float soft_cap,
+                    const float* sinks, const float* alibi_slopes) {
     const int64_t group = num_heads / num_kv_heads;
     static_cast<Pool*>(pool)->run(num_sequences * num_kv_heads, [&](int64_t item) {
         const int64_t sequence = item / num_kv_heads, kv_head = item % num_kv_heads;
-        const int64_t length = lengths[sequence], first = window > 0 ? std::max<int64_t>(0, length - window) : 0;
+        const int64_t length = lengths[sequence];
+        int64_t first = window > 0 ? std::max<int64_t>(0, length - window) : 0;
+        if (chunk > 0) first = std::max(first, (length - 1) / chunk * chunk);
         const int64_t first_block = first / block_size, stride = length - first;
         const int64_t* table = block_tables + sequence * table_stride;
         static thread_local std::vector<float> scaled, scores;
@@ -393,11 +396,18 @@ void textgen_decode(void* pool, const float* query, int64_t token_stride, int64_
         });
         for (int64_t h = 0; h < group; ++h) {
             float* row = &scores[h * stride];
-            float highest = row[0], total = 0.0f;
+            const int64_t head = kv_head * group + h;
+            if (soft_cap > 0.0f)
+                for (int64_t j = 0; j < stride; ++j) row[j] = soft_cap * std::tanh(row[j] / soft_cap);
+            if (alibi_slopes)
+                for (int64_t j = 0; j < stride; ++j)
+                    row[j] += alibi_slopes[head] * static_cast<float>(j + 1 - stride);
+            float highest = sinks ? std::max(sinks[head], row[0]) : row[0];
             for (int64_t j = 1; j < stride; ++j) highest = std::max(highest, row[j]);
             by_vectors(stride, [&](int64_t j, int64_t count) {
                 put_some(row + j, exponential(load_some(row + j, count) - highest), count);
             });
+            float total = sinks ? std::exp(sinks[head] - highest) : 0.0f;
             for (int64_t j = 0; j < stride; ++j) total += row[j];
             for (int64_t j = 0; j < stride; ++j) row[j] /= total;
         }

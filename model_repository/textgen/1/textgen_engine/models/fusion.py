@@ -8,12 +8,13 @@ and one that differs stays stock. Only instances are replaced, never a class of 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata
+from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata, Scoring
 from textgen_engine.kernels.cpu import CpuKernels
 from textgen_engine.models.cpu_linear import MOST_COMPILED_ROWS
 
@@ -28,7 +29,7 @@ class FusedGatedLayer(torch.nn.Module):
     """Takes the place of a Llama-like decoder layer: pre-norm attention with rotary positions, then a gated SiLU MLP.
 
     Replaces q_proj, k_proj, v_proj by `qkv` and gate_proj, up_proj by `gate_up`, rows joined in this order; needs a
-    trial's Recorder for what only the stock attention knows: scale and sliding window.
+    trial's Recorder for what only the stock attention knows: its scoring.
     """
 
     def __init__(self, layer: Any, trial: Recorder, kernels: CpuKernels | None) -> None:
@@ -36,7 +37,7 @@ class FusedGatedLayer(torch.nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
         self._kernels = kernels
         self.layer_idx = trial.layer
-        self.scale, self.sliding_window = trial.scale, trial.sliding_window
+        self.scoring = trial.scoring
         self.num_heads, self.num_kv_heads = trial.query.shape[1], trial.key.shape[1]
         if hasattr(layer, "attention_type"):
             self.attention_type = layer.attention_type
@@ -83,8 +84,7 @@ class FusedGatedLayer(torch.nn.Module):
             key,
             value,
             attention_metadata,
-            scale=self.scale,
-            sliding_window=self.sliding_window,
+            self.scoring,
         ).reshape(x.shape[0], -1)
         return (self._compiled_out(attended, x) if few_rows else self._plain_out(attended, x))[None]
 
@@ -132,15 +132,15 @@ _GATED_LAYER = {
 FAMILIES = (FusedGatedLayer,)
 
 
-def fuse_layers(model: torch.nn.Module, kernels: CpuKernels | None) -> int:
+def fuse_layers(model: torch.nn.Module, kernels: CpuKernels | None, scorings: Mapping[int, Scoring]) -> int:
     """Replace what matches a family, in this model alone; returns how many layers, and logs one line. Needs a model
-    whose attention is attention/bridge.py's."""
+    whose attention is attention/bridge.py's, and what each layer asked of it in the whole model."""
     num_fused, num_differing = 0, 0
     for layers in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
         for index, layer in enumerate(layers):
             for family in FAMILIES:
                 if family.matches(layer):
-                    fused = _tried(family, layer, kernels)
+                    fused = _tried(family, layer, kernels, scorings)
                     if fused is None:
                         num_differing += 1
                     else:
@@ -152,7 +152,9 @@ def fuse_layers(model: torch.nn.Module, kernels: CpuKernels | None) -> int:
 
 
 @torch.inference_mode()
-def _tried(family: type[FusedGatedLayer], layer: Any, kernels: CpuKernels | None) -> FusedGatedLayer | None:
+def _tried(
+    family: type[FusedGatedLayer], layer: Any, kernels: CpuKernels | None, scorings: Mapping[int, Scoring]
+) -> FusedGatedLayer | None:
     """The fused layer, if it computes what the stock layer does."""
     generator = torch.Generator().manual_seed(0)
     dim = layer.self_attn.head_dim
@@ -162,6 +164,7 @@ def _tried(family: type[FusedGatedLayer], layer: Any, kernels: CpuKernels | None
     keywords = {"position_embeddings": (angles.cos(), angles.sin()), "attention_metadata": _NO_METADATA}
     try:
         expected = layer(x, attention_mask=None, attention_backend=stock, **keywords)
+        stock.scoring = scorings.get(stock.layer, stock.scoring)  # a window may come with the mask, which is not here
         with torch.inference_mode(False):  # parameters that other modes may use too
             fused = family(layer, stock, kernels)
         found = fused(x, attention_backend=ours, **keywords)
@@ -184,8 +187,7 @@ class Recorder(AttentionBackend):
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    scale: float
-    sliding_window: int | None
+    scoring: Scoring
 
     def check(self, features: AttentionFeatures) -> None:
         pass
@@ -200,12 +202,10 @@ class Recorder(AttentionBackend):
         key: torch.Tensor,
         value: torch.Tensor,
         metadata: AttentionMetadata,
-        *,
-        scale: float,
-        sliding_window: int | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         self.layer, self.query, self.key, self.value = layer, query.clone(), key.clone(), value.clone()
-        self.scale, self.sliding_window = scale, sliding_window
+        self.scoring = scoring
         return query.clone()
 
 

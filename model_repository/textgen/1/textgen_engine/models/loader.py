@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from textgen_engine.attention import bridge
-from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata
+from textgen_engine.attention.base import AttentionBackend
 from textgen_engine.config import ModelConfig
 from textgen_engine.errors import ModelLoadError
 from textgen_engine.host_memory import available_bytes
@@ -23,6 +23,7 @@ from textgen_engine.kernels.cpu import CpuKernels
 from textgen_engine.kv_cache import LayerShape
 from textgen_engine.models.cpu_linear import replace_linears
 from textgen_engine.models.fusion import fuse_layers
+from textgen_engine.models.trial import LayerNeeds, check_results, probe_layers, stock_logits
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,6 @@ _UNREADABLE = (
     SafetensorError,
     StrictDataclassError,
 )
-# What `layer_types` of a configuration may say: the kinds of attention that reach us as a keyword, not as a mask.
-_SERVED_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -100,17 +99,20 @@ def load_model(config: ModelConfig, backend: AttentionBackend, kernels: CpuKerne
     if eos_token_ids is None:
         eos_token_ids = tokenizer.eos_token_id
     model = model.to(device).eval().requires_grad_(False)
-    if device.type == "cpu":
-        if not config.batch_invariant:
-            fuse_layers(model, kernels)
-        num_replaced = replace_linears(model, kernels, batch_invariant=config.batch_invariant)
-        logger.info("%s: %d linear layers replaced by CPU forms", type(model).__name__, num_replaced)
     text_config = hf_config.get_text_config()
     takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+    needs = probe_layers(model, device, {"logits_to_keep": 1} if takes_rows else {})
+    backend.check(needs.features)
+    layers = [needs.shapes[layer] for layer in range(len(needs.shapes))]
+    expected = stock_logits(model, text_config.vocab_size, device)
+    if device.type == "cpu":
+        _prepare_for_cpu(model, config, kernels, needs)
+    if expected is not None:
+        check_results(model, backend, layers, expected, dtype)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        layers=_probe_layers(model, text_config, backend, device, takes_rows),
+        layers=layers,
         dtype=dtype,
         device=device,
         vocab_size=text_config.vocab_size,
@@ -215,66 +217,13 @@ def _as_set(ids: Any) -> frozenset[int]:
     return frozenset(ids if isinstance(ids, list) else [ids])
 
 
-class _LayerProbe(AttentionBackend):
-    """Notes what a trial forward stores and asks for, layer by layer."""
-
-    def __init__(self) -> None:
-        self.shapes: dict[int, LayerShape] = {}
-        self.features = AttentionFeatures()
-
-    def check(self, features: AttentionFeatures) -> None:
-        pass
-
-    def prepare(self, metadata: AttentionMetadata) -> None:
-        pass
-
-    def run(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        metadata: AttentionMetadata,
-        *,
-        scale: float,
-        sliding_window: int | None,
-    ) -> torch.Tensor:
-        self.shapes[layer] = LayerShape(key.shape[1], key.shape[2], value.shape[2])
-        self.features = AttentionFeatures(sliding_window=self.features.sliding_window or sliding_window is not None)
-        return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
-
-
-def _probe_layers(
-    model: torch.nn.Module, text_config: Any, backend: AttentionBackend, device: torch.device, takes_rows: bool
-) -> list[LayerShape]:
-    """Run one token through the model to see what its attention layers store; checks that the backend serves them."""
-    layer_types = getattr(text_config, "layer_types", None) or []
-    for layer_type in layer_types:
-        if layer_type not in _SERVED_LAYER_TYPES:
-            raise ModelLoadError(f"{type(model).__name__} cannot be served: it has layers of type {layer_type}")
-    probe = _LayerProbe()
-    empty = torch.zeros(0, dtype=torch.int64, device=device)
-    metadata = AttentionMetadata(1, [1], [1], empty, empty, empty, [], [])
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    keywords: dict[str, Any] = {"logits_to_keep": 1} if takes_rows else {}
-    try:
-        with torch.inference_mode():
-            model(
-                input_ids=token,
-                position_ids=token,
-                use_cache=False,
-                attention_metadata=metadata,
-                attention_backend=probe,
-                **keywords,
-            )
-    except (NotImplementedError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ModelLoadError(f"{type(model).__name__} cannot be served: {_one_line(error)}") from error
-    if sorted(probe.shapes) != list(range(len(probe.shapes))) or not probe.shapes:
-        raise ModelLoadError(f"{type(model).__name__} cannot be served: its layers do not use transformers' attention")
-    if "sliding_attention" in layer_types and text_config.sliding_window and not probe.features.sliding_window:
-        raise ModelLoadError(f"{type(model).__name__} cannot be served: its sliding window is only in its masks")
-    backend.check(probe.features)
-    return [probe.shapes[layer] for layer in range(len(probe.shapes))]
+def _prepare_for_cpu(
+    model: torch.nn.Module, config: ModelConfig, kernels: CpuKernels | None, needs: LayerNeeds
+) -> None:
+    if not config.batch_invariant:
+        fuse_layers(model, kernels, needs.scorings)
+    num_replaced = replace_linears(model, kernels, batch_invariant=config.batch_invariant)
+    logger.info("%s: %d linear layers replaced by CPU forms", type(model).__name__, num_replaced)
 
 
 def _one_line(error: BaseException) -> str:
