@@ -18,10 +18,11 @@ from textgen_client.errors import (
     ValidationError,
 )
 from textgen_client.health import Health
-from textgen_client.results import Choice, Chunk, Generation, GrammarCheck, ModelStatus
+from textgen_client.results import Adapter, Choice, Chunk, Generation, GrammarCheck, ModelStatus
 from textgen_client.watermark import WatermarkScore, detect_watermark
 
 __all__ = [
+    "Adapter",
     "AsyncClient",
     "AsyncStream",
     "Choice",

@@ -28,7 +28,7 @@ from textgen_client.channel import (
 )
 from textgen_client.errors import OverloadedError, RequestCancelled, ServerUnavailable, TextgenError, error_from_status
 from textgen_client.health import PROBE_PROMPT, Health, probe_parameters, readiness
-from textgen_client.results import Chunk, Generation, GrammarCheck, ModelStatus, Tokenization
+from textgen_client.results import Adapter, Chunk, Generation, GrammarCheck, ModelStatus, Tokenization
 
 
 class AsyncStream(AsyncIterator[Chunk]):
@@ -199,6 +199,22 @@ class AsyncClient:
         asked = wire.grammar_check_parameters(grammar, text, parameters)
         async with self._start(None, False, DEFAULT_MODEL, request_id, timeout, headers, asked) as stream:
             return wire.grammar_check(wire.whole_answer([chunk async for chunk in stream], stream.request_id))
+
+    async def adapters(self, *, timeout: float | None = None) -> list[Adapter]:
+        """The LoRA adapters of the server; see `Client.adapters`."""
+        return await self._command_adapters(wire.adapter_parameters("list"), timeout)
+
+    async def load_adapter(self, name: str, path: str | None = None, *, timeout: float | None = None) -> list[Adapter]:
+        """Load an adapter; see `Client.load_adapter`."""
+        return await self._command_adapters(wire.adapter_parameters("load", name, path), timeout)
+
+    async def unload_adapter(self, name: str, *, timeout: float | None = None) -> list[Adapter]:
+        """Take an adapter away; see `Client.unload_adapter`."""
+        return await self._command_adapters(wire.adapter_parameters("unload", name), timeout)
+
+    async def _command_adapters(self, parameters: Mapping[str, Any], timeout: float | None) -> list[Adapter]:
+        async with self._start(None, False, DEFAULT_MODEL, None, timeout, None, dict(parameters)) as stream:
+            return wire.adapters(wire.whole_answer([chunk async for chunk in stream], stream.request_id))
 
     async def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
         """The token ids of a text, without special tokens. timeout: seconds."""

@@ -1,4 +1,4 @@
-"""The `textgen` command: generate, chat, validate, detect-watermark, models, health, cancel.
+"""The `textgen` command: generate, chat, validate, adapters, detect-watermark, models, health, cancel.
 
 Owns options, output and exit codes: 0 fine, 1 the request or the server failed (one line on stderr), 2 wrong usage,
 130 interrupted; `validate` uses 1 for a text that is not accepted too, and 2 for a grammar that is not supported. What
@@ -21,7 +21,7 @@ from textgen_client.channel import DEFAULT_MODEL, DEFAULT_URL, Tls
 from textgen_client.chat import Chat
 from textgen_client.client import Client
 from textgen_client.errors import TextgenError, ValidationError
-from textgen_client.results import Answer, Chunk
+from textgen_client.results import Adapter, Answer, Chunk
 from textgen_client.watermark import DEFAULT_GAMMA, detect_watermark
 
 app = typer.Typer(
@@ -31,6 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+adapters = typer.Typer(help="List, load or unload the server's LoRA adapters.", no_args_is_help=True)
+app.add_typer(adapters, name="adapters")
 
 _SERVER = "Server"
 _SAMPLING = "Generation"
@@ -212,6 +215,53 @@ def watermark(
     _print("watermark found\n" if found.detected else "no watermark found\n")
 
 
+@adapters.command("list")
+def list_adapters(
+    url: Url = DEFAULT_URL,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    header: Headers = None,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the adapters."""
+    with _client(url, DEFAULT_MODEL, tls, tls_ca, header) as client:
+        _print_adapters(client.adapters(timeout=timeout), as_json)
+
+
+@adapters.command("load")
+def load_adapter(
+    name: Annotated[str, typer.Argument(help="What requests will call it by, as `adapter_id`.")],
+    path: Annotated[
+        str | None, typer.Argument(help="Folder, below the one the server allows; the name if left out.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    header: Headers = None,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+) -> None:
+    """Load an adapter, then list them."""
+    with _client(url, DEFAULT_MODEL, tls, tls_ca, header) as client:
+        _print_adapters(client.load_adapter(name, path, timeout=timeout), as_json)
+
+
+@adapters.command("unload")
+def unload_adapter(
+    name: Annotated[str, typer.Argument(help="The adapter's name.")],
+    url: Url = DEFAULT_URL,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    header: Headers = None,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take an adapter away, then list the others. Requests that run with it still end well."""
+    with _client(url, DEFAULT_MODEL, tls, tls_ca, header) as client:
+        _print_adapters(client.unload_adapter(name, timeout=timeout), as_json)
+
+
 @app.command()
 def models(
     url: Url = DEFAULT_URL,
@@ -364,6 +414,16 @@ def _standard_input() -> str:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise ValidationError(f"standard input is not UTF-8: {error}") from None
+
+
+def _print_adapters(found: list[Adapter], as_json: bool) -> None:
+    if as_json:
+        _print(json.dumps([dataclasses.asdict(adapter) for adapter in found], ensure_ascii=False) + "\n")
+        return
+    for adapter in found:
+        state = f"unloading, {adapter.live_requests} live" if adapter.unloading else f"{adapter.live_requests} live"
+        size = f"rank {adapter.rank}, {adapter.num_layers} layers, {adapter.num_bytes / 2**20:.1f} MiB"
+        _print(f"{adapter.name:<20} {size}  {state}\n")
 
 
 def _print_json_lines(chunks: Iterable[Chunk]) -> None:

@@ -32,7 +32,7 @@ from textgen_client.channel import (
 from textgen_client.errors import OverloadedError, RequestCancelled, ServerUnavailable, TextgenError, error_from_status
 from textgen_client.health import PROBE_PROMPT, Health, probe_parameters, readiness
 from textgen_client.interrupt import InterruptCancels
-from textgen_client.results import Chunk, Generation, GrammarCheck, ModelStatus
+from textgen_client.results import Adapter, Chunk, Generation, GrammarCheck, ModelStatus
 
 
 class Stream(Iterator[Chunk]):
@@ -207,6 +207,25 @@ class Client:
         asked = wire.grammar_check_parameters(grammar, text, parameters)
         with self._start(None, False, DEFAULT_MODEL, request_id, timeout, headers, asked) as stream:
             return wire.grammar_check(wire.whole_answer(stream, stream.request_id))
+
+    def adapters(self, *, timeout: float | None = None) -> list[Adapter]:
+        """The LoRA adapters of the server, by whose names `generate` takes an `adapter_id`."""
+        return self._command_adapters(wire.adapter_parameters("list"), timeout)
+
+    def load_adapter(self, name: str, path: str | None = None, *, timeout: float | None = None) -> list[Adapter]:
+        """Load an adapter from a folder below the one that the server allows; returns all there are then.
+
+        path: relative to that folder; None: the name. Raises ValidationError for what the server refuses.
+        """
+        return self._command_adapters(wire.adapter_parameters("load", name, path), timeout)
+
+    def unload_adapter(self, name: str, *, timeout: float | None = None) -> list[Adapter]:
+        """Take an adapter away. Requests that run with it still end well; returns what there is then."""
+        return self._command_adapters(wire.adapter_parameters("unload", name), timeout)
+
+    def _command_adapters(self, parameters: Mapping[str, Any], timeout: float | None) -> list[Adapter]:
+        with self._start(None, False, DEFAULT_MODEL, None, timeout, None, dict(parameters)) as stream:
+            return wire.adapters(wire.whole_answer(stream, stream.request_id))
 
     def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
         """The token ids of a text, without special tokens. timeout: seconds."""

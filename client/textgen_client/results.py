@@ -85,6 +85,22 @@ class GrammarCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter of the server. num_bytes: of its matrices. at_start: the server was started with it.
+
+    live_requests: those that run with it now. unloading: its name is gone, and those end it.
+    """
+
+    name: str
+    rank: int
+    num_layers: int
+    num_bytes: int
+    at_start: bool
+    live_requests: int
+    unloading: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """One token of a text: `text` is the characters from `start` to `stop` of it."""
 

@@ -18,7 +18,7 @@ from tritonclient.grpc import InferResult, service_pb2
 
 from textgen_client.channel import DEFAULT_MODEL
 from textgen_client.errors import GenerationError, ValidationError, error_from_text
-from textgen_client.results import Choice, Chunk, Generation, GrammarCheck, Token, Tokenization
+from textgen_client.results import Adapter, Choice, Chunk, Generation, GrammarCheck, Token, Tokenization
 
 # Parameters that travel as tensors of their own, named as Triton's vLLM backend names them.
 _FLAGS = (
@@ -164,6 +164,20 @@ def grammar_check(answer: Generation) -> GrammarCheck:
         return GrammarCheck(**{**fields, "warnings": tuple(fields["warnings"])})
     except (ValueError, TypeError, KeyError) as error:
         raise GenerationError(f"the server's answer about the grammar cannot be read: {error}") from error
+
+
+def adapter_parameters(action: str, name: str | None = None, path: str | None = None) -> dict[str, Any]:
+    """The parameters of a request about the server's adapters."""
+    command = {"action": action, "name": name, "path": path}
+    return {"adapter_command": {field: value for field, value in command.items() if value is not None}}
+
+
+def adapters(answer: Generation) -> list[Adapter]:
+    """The answer to such a request; GenerationError where the server's text is no such answer."""
+    try:
+        return [Adapter(**fields) for fields in json.loads(answer.text)["adapters"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise GenerationError(f"the server's answer about its adapters cannot be read: {error}") from error
 
 
 class ResponseReader:

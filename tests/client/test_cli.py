@@ -197,6 +197,31 @@ def test_validate(triton: FakeTriton, textgen: Command, tmp_path: Path) -> None:
     assert (code, json.loads(out)["error"]) == (2, "regex: bad")
 
 
+def test_adapters(triton: FakeTriton, textgen: Command) -> None:
+    adapter = {
+        "name": "support", "rank": 16, "num_layers": 60, "num_bytes": 3 << 20, "at_start": False, "live_requests": 2,
+        "unloading": False,
+    }  # fmt: skip
+
+    def script(request: Any, call: Call) -> Iterator[Any]:
+        yield response(final=True, text_output=json.dumps({"adapters": [adapter]}))
+
+    triton.script = script
+    line = "support              rank 16, 60 layers, 3.0 MiB  2 live\n"
+    for command, sent in (
+        (("list",), {"action": "list"}),
+        (("load", "support", "team/support"), {"action": "load", "name": "support", "path": "team/support"}),
+        (("load", "support"), {"action": "load", "name": "support"}),
+        (("unload", "support"), {"action": "unload", "name": "support"}),
+    ):
+        assert textgen("adapters", *command) == (0, line, "")
+        request = triton.calls[-1].request
+        assert (request.model_name, strings_of(request, "text_input")) == ("textgen", None)
+        assert parameters_of(request) == {"adapter_command": sent}
+    assert json.loads(textgen("adapters", "list", "--json")[1]) == [adapter]
+    assert textgen("adapters", "load")[0] == 2
+
+
 def test_detect_watermark(textgen: Command) -> None:
     ids, token_id = [7], 0
     while len(ids) < 60:

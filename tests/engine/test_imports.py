@@ -25,19 +25,20 @@ LAYERS = [
         "metrics",
         "sampling.params",
         "grammar.base",
+        "adapters.spec",
         "request",
         "sequence",
         "messages",
         "parameters",
         "host_memory",
     },
-    {"block_manager", "kv_cache", "attention.base", "detokenizer", "grammar", "sampling", "kernels"},
+    {"block_manager", "kv_cache", "attention.base", "detokenizer", "grammar", "sampling", "kernels", "adapters"},
     {"scheduler", "attention", "models", "batch", "model_runner", "constraints", "warmup"},
     {"engine"},
     {"process"},
 ]
 WITHOUT_TORCH = [
-    "errors", "config", "metrics", "sampling.params", "request", "sequence", "messages", "parameters",
+    "errors", "config", "metrics", "sampling.params", "adapters.spec", "request", "sequence", "messages", "parameters",
     "block_manager", "scheduler", "process",
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "triton", "tokenizers", "safetensors")

@@ -9,6 +9,7 @@ from typing import Any
 import generate_parameter_docs
 import pytest
 
+from textgen_engine.adapters.spec import AdapterCommand
 from textgen_engine.errors import InvalidParameter, Unsupported
 from textgen_engine.parameters import PARAMETERS, ParameterLimits, RequestParameters, parse_parameters
 from textgen_engine.request import GrammarCheck
@@ -122,6 +123,13 @@ def test_nothing_given_is_greedy_and_changes_nothing() -> None:
         ("timeout", 30, "timeout_s", 30.0),
         ("adapter_id", "a", "adapter_id", "a"),
         ("lora_name", "a", "adapter_id", "a"),
+        ("adapter_command", {"action": "list"}, "adapter_command", AdapterCommand("list")),
+        (
+            "adapter_command",
+            {"action": "load", "name": "a", "path": "b"},
+            "adapter_command",
+            AdapterCommand("load", "a", "b"),
+        ),
     ],
 )
 def test_accepted(name: str, value: Any, path: str, expected: Any) -> None:
@@ -236,6 +244,12 @@ def test_choices_accepted() -> None:
         ("timeout", 0, "a number above 0; given: 0"),
         ("timeout", float("inf"), "a number above 0; given: inf"),
         ("adapter_id", "", "a string of 1 to 65536 characters; given: ''"),
+        ("adapter_command", "list", "an object"),
+        ("adapter_command", {"action": "list", "name": "a"}, "an object"),
+        ("adapter_command", {"action": "load"}, "an object"),
+        ("adapter_command", {"action": "unload", "name": "a", "path": "b"}, "an object"),
+        ("adapter_command", {"action": "load", "name": 5}, "an object"),
+        ("adapter_command", {"action": "load", "name": "a", "more": 1}, "an object"),
     ],
 )
 def test_refused(name: str, value: Any, said: str) -> None:

@@ -21,6 +21,7 @@ from textgen_engine.config import (
     CacheConfig,
     EngineConfig,
     LimitsConfig,
+    LoraConfig,
     ModelConfig,
     SchedulerConfig,
     SupervisionConfig,
@@ -188,6 +189,7 @@ def make_config(
     max_restarts: int = 5,
     hang_timeout_s: float = 120.0,
     batch_invariant: bool = False,
+    lora: LoraConfig | None = None,
 ) -> EngineConfig:
     """A configuration for one thread on the CPU."""
     return EngineConfig(
@@ -196,6 +198,7 @@ def make_config(
         scheduler=SchedulerConfig(max_sequences, tokens_per_step, priority_ageing_s=ageing_s),
         limits=LimitsConfig(max_total_tokens=max_total_tokens),
         supervision=SupervisionConfig(max_restarts, hang_timeout_s),
+        lora=lora or LoraConfig(),
         log_level="error",
     )
 

@@ -91,8 +91,12 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
         VALIDATION + "`decoder_input_details`",
         ("stream",),
     ),
-    # Features of later versions.
-    "adapter": (_given(adapter_id="x"), VALIDATION, ("adapter_id", "not supported")),
+    "adapter": (_given(adapter_id="x"), VALIDATION + "`adapter_id`", ("'x'", "none is loaded")),
+    "adapter loaded by a request": (
+        {"sampling_parameters": {"adapter_command": {"action": "load", "name": "x"}}},
+        VALIDATION,
+        ("TEXTGEN_ADAPTER_FOLDER",),
+    ),
 }
 
 

@@ -145,6 +145,7 @@ class TritonPythonModel:
         live.options = parsed.options
         if self._tracer is not None:
             self._tracer.note_parsed(live, parsed)
+        live.adapter_id = parsed.parameters.adapter_id
         if parsed.grammar_refusal is not None:
             self._metrics.count("tgi_request_success")
             self._responder.reply(live, triton_io.text_response(parsed.grammar_refusal.to_json()))

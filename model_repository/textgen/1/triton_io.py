@@ -66,7 +66,8 @@ class ResponseOptions:
 class ParsedRequest:
     """A Triton request, read and checked as far as that goes without the tokenizer.
 
-    prompt_form: which of PROMPT_FORMS is given; None for a grammar check, which has no prompt (and empty input_ids).
+    prompt_form: which of PROMPT_FORMS is given; None for a grammar check and for an adapter command, which have no
+    prompt (and empty input_ids).
     input_ids, prompt_text: given ones. grammar_refusal: a grammar check's answer, where the grammar is refused here.
     given_parameters: sampling parameters as given, for the tokenizer model.
     """
@@ -128,7 +129,8 @@ def parse_request(
     stream = flags["stream"] or False
     given_parameters = _given_parameters(request)
     parameters = parse_parameters(given_parameters, limits=limits, stream=stream, vocab_size=vocab_size)
-    _refuse_unsupported(parameters)
+    if parameters.adapter_command is not None:
+        return _parse_adapter_command(request, parameters, given_parameters, stream=stream)
     if parameters.grammar_check is not None:
         return _parse_grammar_check(request, parameters, given_parameters, grammar_config, stream=stream)
     prompt_form = _prompt_form(request)
@@ -196,6 +198,24 @@ def _parse_grammar_check(
     )
 
 
+def _parse_adapter_command(
+    request: Any, parameters: RequestParameters, given_parameters: dict[str, Any], *, stream: bool
+) -> ParsedRequest:
+    forms = _given_forms(request)
+    if forms:
+        raise InvalidParameter(f"`adapter_command` takes no prompt; given: {' and '.join(forms)}")
+    return ParsedRequest(
+        prompt_form=None,
+        input_ids=[],
+        prompt_text=None,
+        parameters=parameters,
+        grammar=None,
+        grammar_refusal=None,
+        given_parameters=given_parameters,
+        options=ResponseOptions(stream=stream),
+    )
+
+
 def tokenizer_request(request: Any, parsed: ParsedRequest) -> Any:
     """The BLS request that turns the prompt of a parsed request into ids."""
     assert parsed.prompt_form is not None
@@ -233,6 +253,14 @@ def build_request(
     """The engine's request. Raises PromptTooLong or InvalidParameter when the prompt does not fit."""
     parameters = parsed.parameters
     deadline_s = None if timeout_s is None else arrival_s + timeout_s
+    if parameters.adapter_command is not None:
+        return GenerationRequest(
+            request_id=request_id,
+            prompt_token_ids=(),
+            adapter_command=parameters.adapter_command,
+            arrival_s=arrival_s,
+            deadline_s=deadline_s,
+        )
     if parameters.grammar_check is not None:
         return GenerationRequest(
             request_id=request_id,
@@ -272,6 +300,7 @@ def build_request(
         best_of=parameters.best_of,
         bad_words=parameters.bad_words,
         grammar=parsed.grammar,
+        adapter_id=parameters.adapter_id,
         stream=parsed.options.stream,
         priority=parameters.priority,
         arrival_s=arrival_s,
@@ -328,12 +357,6 @@ def _given_parameters(request: Any) -> dict[str, Any]:
             raise InvalidParameter("`stop` is given twice with different values, as an input and as a parameter")
         given["stop"] = stop
     return given
-
-
-def _refuse_unsupported(parameters: RequestParameters) -> None:
-    """Parameters of the contract whose feature this version does not have are refused, never ignored."""
-    if parameters.adapter_id is not None:
-        raise Unsupported("`adapter_id` is not supported by this version")
 
 
 def _grammar_spec(parameters: RequestParameters, config: GrammarConfig) -> GrammarSpec | None:

@@ -30,6 +30,8 @@ def note_answered(live: LiveRequest) -> None:
         "stream": live.options.stream,
         "validation_s": round(live.validation_s, 6),
     }
+    if live.adapter_id is not None:
+        facts["adapter"] = live.adapter_id
     times = live.timings
     if times is not None and times.scheduled_s is not None and times.finished_s is not None:
         facts["queue_s"] = round(times.scheduled_s - times.arrival_s - live.validation_s, 6)
@@ -51,4 +53,6 @@ def note_failed(live: LiveRequest, error: EngineError) -> None:
         "output_tokens": sum(live.num_tokens.values()),
         "total_s": round(time.monotonic() - live.arrival_s, 6),
     }
+    if live.adapter_id is not None:
+        facts["adapter"] = live.adapter_id
     logger.log(level, "request failed", extra={"facts": facts})

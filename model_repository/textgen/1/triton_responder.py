@@ -51,6 +51,7 @@ class LiveRequest:
     arrival_s: float
     options: triton_io.ResponseOptions = field(default_factory=triton_io.ResponseOptions)
     prompt_prefix: str = ""
+    adapter_id: str | None = None
     validation_s: float = 0.0
     submitted: bool = False
     cancelled: bool = False

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from textgen_engine.adapters.spec import StepAdapters, find_runs
 from textgen_engine.attention.base import AttentionMetadata
 from textgen_engine.kv_cache import KVCache
 from textgen_engine.scheduler import ScheduledBatch, ScheduledSequence
@@ -19,6 +20,7 @@ class BatchInputs:
     logits_rows: int64 [num_rows], the flattened token rows whose logits are wanted: first one per entry of
     `sampled`, then, for each entry of `prompt_scored`, one per token of its chunk.
     sampled: entries (of the scheduled batch) whose last known token is in this step.
+    adapters: the rows of each LoRA adapter; None: no sequence of the step has one.
     prompt_scored: entries whose prompt's log-probabilities were asked for.
     """
 
@@ -28,6 +30,7 @@ class BatchInputs:
     logits_rows: torch.Tensor
     sampled: list[ScheduledSequence]
     prompt_scored: list[ScheduledSequence]
+    adapters: StepAdapters | None = None
 
 
 def build_inputs(batch: ScheduledBatch, cache: KVCache, device: torch.device) -> BatchInputs:
@@ -75,4 +78,19 @@ def build_inputs(batch: ScheduledBatch, cache: KVCache, device: torch.device) ->
         logits_rows=torch.tensor(rows, dtype=torch.int64, device=device),
         sampled=[entry for entry, _ in sampled],
         prompt_scored=[entry for entry, _ in scored],
+        adapters=_adapters(entries, [(entry, 1) for entry, _ in sampled] + [(e, e.num_tokens) for e, _ in scored]),
+    )
+
+
+def _adapters(entries: list[ScheduledSequence], logits: list[tuple[ScheduledSequence, int]]) -> StepAdapters | None:
+    """logits: entries with the number of logits rows of each, in the order of the rows."""
+    if all(entry.sequence.adapter is None for entry in entries):
+        return None
+    lengths = [entry.num_tokens for entry in entries]
+    logits_lengths = [length for _, length in logits]
+    return StepAdapters(
+        tokens=find_runs([entry.sequence.adapter for entry in entries], lengths),
+        num_tokens=sum(lengths),
+        logits=find_runs([entry.sequence.adapter for entry, _ in logits], logits_lengths),
+        num_logits=sum(logits_lengths),
     )

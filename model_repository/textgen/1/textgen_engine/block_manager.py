@@ -7,8 +7,8 @@ Every block is in exactly one of three states:
     cached  reference count 0, content known: findable by its hash, given away least recently used first
 
 A full block is known by a chained hash: blake2b over its parent's hash and its token ids, so equal hashes mean equal
-prefixes. The chain starts from the request's cache salt. blake2b with 128 bits is collision resistant: a hit never
-shows one client the content of another's different prompt.
+prefixes. The chain starts from the request's adapter and its cache salt. blake2b with 128 bits is collision resistant:
+a hit never shows one client the content of another's different prompt.
 """
 
 from __future__ import annotations
@@ -182,7 +182,13 @@ class BlockManager:
         hashes, size = sequence.block_hashes, self.block_size
         while len(hashes) <= index:
             start = len(hashes) * size
-            parent = hashes[-1] if hashes else b"salt:" + sequence.request.cache_salt.encode()
+            parent = hashes[-1] if hashes else _root(sequence)
             tokens = struct.pack(f"<{size}i", *sequence.token_ids[start : start + size])
             hashes.append(hashlib.blake2b(parent + tokens, digest_size=16).digest())
         return hashes[index]
+
+
+def _root(sequence: Sequence) -> bytes:
+    """What the chain of hashes starts from: keys and values of different adapters, or salts, are never shared."""
+    generation = 0 if sequence.adapter is None else sequence.adapter.generation  # 1 is the first adapter's
+    return struct.pack("<Q", generation) + b"salt:" + sequence.request.cache_salt.encode()

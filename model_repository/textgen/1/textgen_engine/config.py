@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from textgen_engine.adapters.spec import AdapterSpec, parse_adapters
 from textgen_engine.errors import ConfigError
 
 
@@ -183,6 +184,11 @@ OPTIONS: tuple[Option, ...] = (
     _own("grammar_max_lmfe_requests", int, 8, "texts that lm-format-enforcer constrains at once", minimum=1),
     _own("grammar_max_nesting", int, 64, "deepest nesting of a schema, regex or grammar", minimum=1, maximum=500),
     _own("grammar_cache_mib", int, 256, "memory for compiled grammars, in MiB", minimum=1),
+    # LoRA adapters.
+    _tgi("lora_adapters", str, None, "adapters to load, separated by commas: name, name=path, name@revision"),
+    _own("adapter_folder", str, None, "requests may load adapters from below this folder, and unload; default: not"),
+    _own("max_loras", int, 8, "adapters loaded at once", minimum=1, maximum=256),
+    _own("max_lora_rank", int, 64, "largest rank of an adapter", minimum=1, maximum=1024),
     # Engine process.
     _own("max_engine_restarts", int, 5, "restarts within ten minutes after which the model stays not ready", minimum=0),
     _own(
@@ -217,7 +223,6 @@ UNSUPPORTED_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "speculate": ("", "0"),
     "kv_cache_dtype": ("", "auto"),
     "rope_scaling": ("",),
-    "lora_adapters": ("",),
 }
 
 
@@ -331,6 +336,22 @@ class TracingConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """LoRA adapters. adapters: loaded before the engine is ready. folder: requests may load adapters from below it,
+    and unload them; None: they may not. At most max_adapters at once, of rank at most max_rank."""
+
+    adapters: tuple[AdapterSpec, ...] = ()
+    folder: str | None = None
+    max_adapters: int = 8
+    max_rank: int = 64
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the model must be able to take adapters."""
+        return bool(self.adapters) or self.folder is not None
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything, as the rooms receive it in parts."""
 
@@ -343,6 +364,7 @@ class EngineConfig:
     watermark: WatermarkConfig = WatermarkConfig()
     grammar: GrammarConfig = GrammarConfig()
     tracing: TracingConfig = TracingConfig()
+    lora: LoraConfig = LoraConfig()
     log_level: str = "info"
     json_output: bool = False
 
@@ -440,9 +462,28 @@ def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, h
             sample_ratio=values["trace_sample_ratio"],
             token_events=values["trace_tokens"],
         ),
+        lora=_read_lora(values),
         log_level=values["log_level"],
         json_output=values["json_output"],
     )
+
+
+def _read_lora(values: Mapping[str, Any]) -> LoraConfig:
+    try:
+        adapters = parse_adapters(values["lora_adapters"] or "")
+    except ValueError as error:
+        raise ConfigError(f"LORA_ADAPTERS: {error}") from None
+    if len(adapters) > values["max_loras"]:
+        raise ConfigError(
+            f"LORA_ADAPTERS names {len(adapters)} adapters; at most {values['max_loras']} are allowed "
+            f"(TEXTGEN_MAX_LORAS)"
+        )
+    lora = LoraConfig(adapters, values["adapter_folder"], values["max_loras"], values["max_lora_rank"])
+    if lora.is_enabled and values["batch_invariant"]:
+        raise ConfigError(
+            "TEXTGEN_BATCH_INVARIANT does not go with LoRA adapters (LORA_ADAPTERS, TEXTGEN_ADAPTER_FOLDER)"
+        )
+    return lora
 
 
 def _read_values(parameters: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, Any]:

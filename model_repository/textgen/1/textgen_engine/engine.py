@@ -2,7 +2,7 @@
 
 One thread runs the loop; only that thread touches scheduler, blocks, sampler and runner. Others talk to it through
 `submit` and `cancel`, which enqueue. Every request gets outputs until exactly one last output (`TokenOutput.error`, or
-`finish_reason` on each of its choices, or the answer to a `grammar_check`).
+`finish_reason` on each of its choices, or the answer to a `grammar_check` or an `adapter_command`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from textgen_engine.adapters.layers import AdapterLayers
+from textgen_engine.adapters.registry import AdapterRegistry
+from textgen_engine.adapters.spec import AdapterHandle
 from textgen_engine.attention.base import AttentionBackend
 from textgen_engine.attention.compiled import CompiledBackend
 from textgen_engine.attention.invariant import InvariantBackend
@@ -81,6 +84,7 @@ class _LiveRequest:
     num_finished: int = 0
     prompt_details: list[TokenDetail] = field(default_factory=list)
     grammar: CompiledGrammar | None = None
+    adapter: AdapterHandle | None = None
     started: bool = False
 
     @property
@@ -112,7 +116,10 @@ class Engine:
             torch.set_num_threads(config.model.num_threads)
         kernels = load_kernels(torch.get_num_threads()) if config.model.device == "cpu" else None
         backend = _choose_backend(config.model, kernels)
-        loaded = load_model(config.model, backend, kernels)
+        loaded = load_model(config.model, backend, kernels, fused=not config.lora.is_enabled)
+        layers = AdapterLayers(loaded.model, loaded.dtype, loaded.device) if config.lora.is_enabled else None
+        self._adapters = AdapterRegistry(config.lora, layers, self._notify)
+        self._reported_adapters = self._adapters.specs
         num_slots = config.scheduler.max_num_sequences
         longest = config.limits.max_total_tokens or loaded.max_positions
         self._sampler = Sampler(
@@ -141,7 +148,7 @@ class Engine:
         )
         self._blocks = BlockManager(num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching)
         self._scheduler = Scheduler(config.scheduler, self._blocks)
-        self._runner = ModelRunner(loaded, backend, cache)
+        self._runner = ModelRunner(loaded, backend, cache, layers)
         self._tokenizer = loaded.tokenizer
         self._detokenizer = Detokenizer(loaded.tokenizer)
         self._constraints = Constraints(
@@ -211,16 +218,19 @@ class Engine:
                     if self._live and not (self._arrivals or self._cancellations or self._stopping):
                         self._wake.wait(timeout=_MASK_POLL_S if self._any_held else _NOTHING_TO_RUN_S)
         self._constraints.close()
+        self._adapters.close()
 
     def step(self) -> bool:
         """One turn of the loop; False when there was nothing to run."""
         now_s = time.monotonic()
         report = StepReport(metrics=StepMetrics())
+        self._adapters.free_unused(live.adapter for live in self._live.values())
         self._take_arrivals(report)
         self._take_cancellations(report)
         self._expire(now_s, report)
         self._take_grammars(report)
         self._take_checks(report)
+        self._serve_adapter_commands(report)
         self._any_held, completed = self._constraints.hold()
         for sequence in completed:
             self._complete(sequence, report)
@@ -289,7 +299,7 @@ class Engine:
             sequences.append(entry.sequence)
             live = self._live[entry.sequence.request.request_id]
             if len(live.choices) < live.num_choices:
-                children = [Sequence(live.request, choice) for choice in range(1, live.num_choices)]
+                children = [self._new_sequence(live, choice) for choice in range(1, live.num_choices)]
                 try:
                     for child in children:
                         self._add_choice(live, child)
@@ -467,6 +477,11 @@ class Engine:
 
     def _admit(self, live: _LiveRequest) -> None:
         request = live.request
+        if request.adapter_command is not None:
+            self._adapters.submit(request)
+            return
+        if request.adapter_id is not None:
+            live.adapter = self._adapters.find(request.adapter_id)
         room = self.info.max_total_tokens - len(request.prompt_token_ids)
         if room < 1:
             # Whoever submitted it checked, but perhaps with the limits of an engine that had more memory and died.
@@ -481,7 +496,7 @@ class Engine:
         if request.grammar is not None:
             self._constraints.submit(request)
         else:
-            self._scheduler.add(self._add_choice(live, Sequence(live.request)))
+            self._scheduler.add(self._add_choice(live, self._new_sequence(live)))
 
     def _take_grammars(self, report: StepReport) -> None:
         """Queue the requests whose grammar is compiled; those whose grammar was refused end here."""
@@ -502,7 +517,7 @@ class Engine:
             live.grammar = result
             live.timings.grammar_ready_s = time.monotonic()
             try:
-                self._scheduler.add(self._add_choice(live, Sequence(live.request)))
+                self._scheduler.add(self._add_choice(live, self._new_sequence(live)))
             except Exception as error:  # every matcher of the backend is in use, or the library failed
                 self._fail(request_id, as_engine_error(error), report)
 
@@ -517,6 +532,19 @@ class Engine:
     def _answer_check(self, request_id: str, verdict: GrammarVerdict, report: StepReport) -> None:
         del self._live[request_id]
         report.outputs.append(TokenOutput(request_id, text=verdict.to_json(), is_last=True))
+
+    def _serve_adapter_commands(self, report: StepReport) -> None:
+        """Answer the requests about adapters that are carried out, or have failed."""
+        self._adapters.free_unused(live.adapter for live in self._live.values())
+        for request_id, error in self._adapters.take_done():
+            if error is not None:
+                self._fail(request_id, error, report)
+                continue
+            del self._live[request_id]
+            text = self._adapters.describe(live.adapter for live in self._live.values())
+            report.outputs.append(TokenOutput(request_id, text=text, is_last=True))
+        if self._adapters.specs != self._reported_adapters:
+            report.adapters = self._reported_adapters = self._adapters.specs
 
     def _with_bad_word_ids(self, request: GenerationRequest) -> GenerationRequest:
         """A word inside a text has other ids than one at its beginning: both forms are banned."""
@@ -556,10 +584,14 @@ class Engine:
         if live is None:
             return
         self._constraints.withdraw(request_id)
+        self._adapters.withdraw(request_id)
         for choice in live.choices:
             if choice.sequence.status is not SequenceStatus.FINISHED:
                 self._drop_sequence(choice.sequence)
         report.outputs.append(TokenOutput(request_id, error=error, timings=live.timings, is_last=True))
+
+    def _new_sequence(self, live: _LiveRequest, choice: int = 0) -> Sequence:
+        return Sequence(live.request, choice, adapter=live.adapter)
 
     def _add_choice(self, live: _LiveRequest, sequence: Sequence) -> Sequence:
         request = live.request

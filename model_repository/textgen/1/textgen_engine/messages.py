@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from textgen_engine.adapters.spec import AdapterSpec
 from textgen_engine.metrics import StepMetrics
 from textgen_engine.request import TokenOutput
 
@@ -27,9 +28,11 @@ class StepReport:
     started: requests that hold blocks from now on (said before the step that first touches them runs, so that after a
     crash they can be told from those that had no part in it). outputs: at most one per choice. time_s: when the step's
     tokens were there, in seconds of `time.monotonic()`.
+    adapters: all that are loaded, where that has changed; an engine in this one's place loads them.
     """
 
     started: list[str] = field(default_factory=list)
     outputs: list[TokenOutput] = field(default_factory=list)
     metrics: StepMetrics | None = None
     time_s: float = 0.0
+    adapters: tuple[AdapterSpec, ...] | None = None

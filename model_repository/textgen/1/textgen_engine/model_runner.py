@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from textgen_engine.adapters.layers import AdapterLayers
 from textgen_engine.attention.base import AttentionBackend
 from textgen_engine.batch import BatchInputs
 from textgen_engine.config import CacheConfig
@@ -18,9 +19,12 @@ from textgen_engine.models.loader import LoadedModel
 class ModelRunner:
     """One model on one device with its cache."""
 
-    def __init__(self, loaded: LoadedModel, backend: AttentionBackend, cache: KVCache) -> None:
+    def __init__(
+        self, loaded: LoadedModel, backend: AttentionBackend, cache: KVCache, adapters: AdapterLayers | None = None
+    ) -> None:
         self._loaded = loaded
         self._backend = backend
+        self._adapters = adapters
         self.cache = cache
         self.device = loaded.device
 
@@ -30,6 +34,8 @@ class ModelRunner:
         self.cache.copy_blocks(copies)
         self._backend.prepare(inputs.attention)
         takes_rows = self._loaded.takes_logits_rows
+        if self._adapters is not None:
+            self._adapters.begin_step(inputs.adapters, head_takes_logits_rows=takes_rows)
         output = self._loaded.model(
             input_ids=inputs.input_ids[None],
             position_ids=inputs.positions[None],

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from textgen_engine.adapters.spec import AdapterCommand
 from textgen_engine.errors import InvalidParameter, Unsupported
 from textgen_engine.request import GrammarCheck, OutputParams, StoppingParams
 from textgen_engine.sampling.params import SamplingParams
@@ -71,6 +72,7 @@ class RequestParameters:
     decoder_input_details: bool = False
     bad_words: tuple[str, ...] = ()
     adapter_id: str | None = None
+    adapter_command: AdapterCommand | None = None
     grammar: Mapping[str, Any] | None = None
     grammar_backend: str | None = None
     grammar_whitespace: str | None = None
@@ -378,6 +380,30 @@ class Check:
 
     def describe(self, limits: ParameterLimits | None) -> str:
         return f'true, false or an object {{"text": string}} of at most {_show("max_checked_bytes", limits)} bytes'
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """An object that says what to do with the server's adapters."""
+
+    def read(self, name: str, value: Any, context: _Context) -> AdapterCommand:
+        fields = dict(value) if isinstance(value, Mapping) else {}
+        action, adapter, path = (fields.pop(field, None) for field in ("action", "name", "path"))
+        is_named = isinstance(adapter, str) and len(adapter) > 0
+        if (
+            fields
+            or action not in ("list", "load", "unload")
+            or (is_named if action == "list" else not is_named)
+            or not (path is None or (action == "load" and isinstance(path, str) and path))
+        ):
+            raise InvalidParameter.for_value(name, value, self.describe(context.limits))
+        return AdapterCommand(action, adapter, path)
+
+    def describe(self, limits: ParameterLimits | None) -> str:
+        return (
+            'an object: {"action": "list"}, {"action": "load", "name": string, "path": string (may be left out)} '
+            'or {"action": "unload", "name": string}'
+        )
 
 
 def _check_list(name: str, value: Any, most: Bound, allowed: str, context: _Context) -> None:
@@ -742,7 +768,7 @@ PARAMETERS: tuple[ParameterGroup, ...] = (
                 "adapter_id",
                 Text(),
                 "none",
-                "LoRA adapter to apply. This version has none, so every name is refused.",
+                "LoRA adapter to generate with (see adapters.md); a name that is not loaded is refused.",
                 aliases=("lora_name",),
             ),
             Parameter(
@@ -750,6 +776,13 @@ PARAMETERS: tuple[ParameterGroup, ...] = (
                 Boolean(),
                 "false",
                 "An event for every token in the request's trace, where the server makes traces (`OTLP_ENDPOINT`).",
+            ),
+            Parameter(
+                "adapter_command",
+                Command(),
+                "none",
+                "Generate nothing: load or unload an adapter where the server allows it, or list them. The request has "
+                "no prompt, and its other parameters have no effect. `text_output` is a JSON object (see adapters.md).",
             ),
         ),
     ),
@@ -818,6 +851,7 @@ def parse_parameters(
         decoder_input_details=decoder_input_details,
         bad_words=values.get("bad_words", ()),
         adapter_id=values.get("adapter_id"),
+        adapter_command=values.get("adapter_command"),
         grammar=values.get("grammar"),
         grammar_backend=values.get("grammar_backend"),
         grammar_whitespace=values.get("grammar_whitespace"),

@@ -23,7 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -193,6 +193,8 @@ class EngineClient:
 
     def _note(self, report: StepReport) -> None:
         with self._lock:
+            if report.adapters is not None:  # the next engine begins with what this one has
+                self._config = replace(self._config, lora=replace(self._config.lora, adapters=report.adapters))
             for request_id in report.started:
                 if request_id in self._pending:
                     self._pending[request_id].started = True

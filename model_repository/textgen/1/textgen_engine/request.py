@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from textgen_engine.adapters.spec import AdapterCommand
 from textgen_engine.errors import EngineError
 from textgen_engine.grammar.base import GrammarSpec
 from textgen_engine.sampling.params import SamplingParams
@@ -72,6 +73,8 @@ class GenerationRequest:
     priority: larger is sooner; 0 is the default.
     grammar: what every choice's text must obey; None leaves it free.
     grammar_check: nothing is generated, and the prompt is empty: the one output's text is the JSON of a GrammarVerdict.
+    adapter_id: the LoRA adapter to generate with; None: the model as it is.
+    adapter_command: nothing is generated, and the prompt is empty: the one output's text is the JSON of the adapters.
     n: number of choices that share one prefill. best_of: candidates generated, of which the best `n` are reported.
     stream: past its deadline a streaming request ends with what it has, another fails.
     cache_salt: part of every prefix-cache key; requests with different salts never share blocks.
@@ -87,6 +90,8 @@ class GenerationRequest:
     bad_words: tuple[str, ...] = ()
     grammar: GrammarSpec | None = None
     grammar_check: GrammarCheck | None = None
+    adapter_id: str | None = None
+    adapter_command: AdapterCommand | None = None
     stream: bool = False
     priority: int = 0
     arrival_s: float = 0.0

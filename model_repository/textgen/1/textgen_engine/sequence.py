@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from textgen_engine.adapters.spec import AdapterHandle
 from textgen_engine.request import FinishReason, GenerationRequest
 
 
@@ -43,6 +44,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks of token_ids
     num_registered_blocks: int = 0  # leading blocks already offered to the prefix cache
     is_held: bool = False  # not to be scheduled: its next mask is still being made (written by constraints.py)
+    adapter: AdapterHandle | None = None  # None: the model as it is
     slot: int | None = None  # row of the sampler's per-sequence state; None unless RUNNING
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0

@@ -60,8 +60,12 @@ class LoadedModel:
     takes_logits_rows: bool
 
 
-def load_model(config: ModelConfig, backend: AttentionBackend, kernels: CpuKernels | None = None) -> LoadedModel:
+def load_model(
+    config: ModelConfig, backend: AttentionBackend, kernels: CpuKernels | None = None, *, fused: bool = True
+) -> LoadedModel:
     """Load weights, tokenizer and generation defaults from the folder config.model_id.
+
+    fused: layers may be replaced by ones whose pieces run together, and whose linear layers are joined.
 
     Raises ModelLoadError, with one line that says what is wrong, for a folder that is missing or no checkpoint, for
     damaged weights, for a model that does not fit into memory, and for one that our attention cannot serve.
@@ -106,7 +110,7 @@ def load_model(config: ModelConfig, backend: AttentionBackend, kernels: CpuKerne
     layers = [needs.shapes[layer] for layer in range(len(needs.shapes))]
     expected = stock_logits(model, text_config.vocab_size, device)
     if device.type == "cpu":
-        _prepare_for_cpu(model, config, kernels, needs)
+        _prepare_for_cpu(model, config, kernels, needs, fused=fused)
     if expected is not None:
         check_results(model, backend, layers, expected, dtype)
     return LoadedModel(
@@ -218,9 +222,9 @@ def _as_set(ids: Any) -> frozenset[int]:
 
 
 def _prepare_for_cpu(
-    model: torch.nn.Module, config: ModelConfig, kernels: CpuKernels | None, needs: LayerNeeds
+    model: torch.nn.Module, config: ModelConfig, kernels: CpuKernels | None, needs: LayerNeeds, *, fused: bool
 ) -> None:
-    if not config.batch_invariant:
+    if fused and not config.batch_invariant:
         fuse_layers(model, kernels, needs.scorings)
     num_replaced = replace_linears(model, kernels, batch_invariant=config.batch_invariant)
     logger.info("%s: %d linear layers replaced by CPU forms", type(model).__name__, num_replaced)
