@@ -29,7 +29,8 @@ _BYTES_PER_ELEMENT = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the headers say. num_bytes: weights as stored; num_elements: their number of values."""
+    """What the headers say. folder: or the GGUF file. num_bytes: weights as stored; num_elements: their number of
+    values, 0 where only loading them tells."""
 
     folder: Path
     num_bytes: int
@@ -37,26 +38,57 @@ class Checkpoint:
 
     def bytes_in_memory(self, dtype: str | None) -> int:
         """Size of the weights once loaded as `dtype` (None: as stored)."""
-        return self.num_elements * _BYTES_PER_ELEMENT[dtype] if dtype in _BYTES_PER_ELEMENT else self.num_bytes
+        known = dtype in _BYTES_PER_ELEMENT and self.num_elements > 0
+        return self.num_elements * _BYTES_PER_ELEMENT[dtype] if known and dtype else self.num_bytes
 
 
-def inspect(model_id: str) -> Checkpoint:
-    """Check the folder `model_id` and return its sizes; ServeError says in one line what is wrong with it."""
-    folder = Path(model_id).expanduser().absolute()
-    if not folder.exists():
-        raise ServeError(
-            f"MODEL_ID: there is no folder {model_id}; download the model first, for example with `hf download`"
-        )
+def inspect(model_id: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+    """Check the checkpoint `model_id` (as the engine's models/checkpoint.py reads it) and return its sizes.
+
+    ServeError says in one line what is wrong with it.
+    """
+    folder = _locate(model_id, revision)
+    if folder.suffix == ".gguf" and folder.is_file():
+        return Checkpoint(folder, folder.stat().st_size, 0)
     if not folder.is_dir():
-        raise ServeError(f"MODEL_ID: {model_id} is a file; name the folder that holds config.json")
+        raise ServeError(f"MODEL_ID: {model_id} is a file; name the folder that holds config.json, or a .gguf file")
+    ggufs = sorted(folder.glob("*.gguf"))
+    if len(ggufs) == 1 and not any(folder.glob("*.safetensors")):
+        return Checkpoint(folder, ggufs[0].stat().st_size, 0)
     _check_config(folder)
     if not any(all((folder / name).exists() for name in names) for names in _TOKENIZERS):
         raise ServeError(f"MODEL_ID: {folder} has no tokenizer (tokenizer.json or tokenizer.model)")
+    pickles = [] if any(folder.glob("*.safetensors")) else sorted(folder.glob("*.bin"))
+    if pickles and trust_remote_code:
+        return Checkpoint(folder, sum(path.stat().st_size for path in pickles), 0)
     num_bytes = num_elements = 0
     for shard in _shards(folder):
         num_bytes += shard.stat().st_size
         num_elements += _count_elements(shard)
     return Checkpoint(folder, num_bytes, num_elements)
+
+
+def _locate(model_id: str, revision: str | None) -> Path:
+    """The file or folder: as named, or a snapshot in a folder laid out like the hub's cache, or one in that cache."""
+    path = Path(model_id).expanduser().absolute()
+    if path.is_dir() and (path / "snapshots").is_dir():
+        reference = path / "refs" / (revision or "main")
+        snapshot = path / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision or "main")
+        if not snapshot.is_dir():
+            raise ServeError(f"REVISION: {path} has no revision {revision or 'main'}")
+        return snapshot
+    if path.exists():
+        return path
+    from huggingface_hub import snapshot_download  # costs a good part of a second
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model_id, revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        raise ServeError(
+            f"MODEL_ID: there is no folder {model_id}, nor a model of this name in the hub's local cache; download "
+            f"the model first, for example with `hf download`"
+        ) from None
 
 
 def check_memory(checkpoint: Checkpoint, dtype: str | None, available_bytes: int) -> None:

@@ -118,7 +118,9 @@ class Launcher:
             environment["MODEL_ID"] = str(self._demo_model())
         has_gpu = checkpoint.has_gpu()
         config = options.check(environment, has_gpu)
-        found = checkpoint.inspect(config.model.model_id)
+        found = checkpoint.inspect(
+            config.model.model_id, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+        )
         if not has_gpu:
             checkpoint.check_memory(found, config.model.dtype, host_memory.available_bytes())
         return found.folder

@@ -77,7 +77,13 @@ def _own(name: str, type: type, default: Any, help: str, **bounds: Any) -> Optio
 
 OPTIONS: tuple[Option, ...] = (
     # The model.
-    _tgi("model_id", str, None, "folder of a Hugging Face checkpoint (safetensors)"),
+    _tgi(
+        "model_id",
+        str,
+        None,
+        "checkpoint: a folder (safetensors, GGUF), a .gguf file, or the name of a model in the hub's local cache",
+    ),
+    _tgi("revision", str, None, "branch, tag or commit of a model from the hub; default: main"),
     _tgi("dtype", str, "auto", "weights and arithmetic", choices=("auto", "float32", "float16", "bfloat16")),
     _tgi("trust_remote_code", bool, False, "run modelling code that comes with the checkpoint"),
     _tgi("tokenizer_config_path", str, None, "a tokenizer_config.json that overrides the checkpoint's"),
@@ -235,6 +241,7 @@ class ModelConfig:
     """Which checkpoint to load, and how."""
 
     model_id: str
+    revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     trust_remote_code: bool = False
     device: str = "cpu"
@@ -403,6 +410,7 @@ def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, h
     return EngineConfig(
         model=ModelConfig(
             model_id=model_id,
+            revision=values["revision"],
             dtype=values["dtype"],
             trust_remote_code=values["trust_remote_code"],
             device="cuda" if has_gpu else "cpu",

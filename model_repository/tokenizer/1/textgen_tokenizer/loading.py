@@ -7,7 +7,7 @@ nowhere else in the package.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +41,12 @@ def load(config: TokenizerConfig) -> LoadedTokenizer:
     """Load the tokenizer. Raises ConfigError, or what transformers raises for a folder that it cannot read."""
     from transformers import AutoTokenizer
 
+    config, gguf_file = _locate(config)
     tokenizer = AutoTokenizer.from_pretrained(
-        config.model_id, revision=config.revision, trust_remote_code=config.trust_remote_code
+        config.model_id,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        **({} if gguf_file is None else {"gguf_file": gguf_file}),
     )
     if config.tokenizer_config_path is not None:
         _override(tokenizer, Path(config.tokenizer_config_path))
@@ -57,6 +61,29 @@ def load(config: TokenizerConfig) -> LoadedTokenizer:
         max_input_tokens=max_input_tokens,
         max_chars_per_token=_max_chars_per_token(tokenizer),
     )
+
+
+def _locate(config: TokenizerConfig) -> tuple[TokenizerConfig, str | None]:
+    """The configuration with the folder that really holds the tokenizer, and the GGUF file to read it from, if any.
+
+    Goes by the same rules as the engine: a .gguf file or a folder with one, a folder laid out like the hub's cache
+    (`snapshots/`, `refs/`), else a folder or a name as it stands.
+    """
+    path = Path(config.model_id).expanduser()
+    gguf_file = None
+    if path.suffix == ".gguf" and path.is_file():
+        path, gguf_file = path.parent, path.name
+    elif not path.is_dir():
+        return config, None
+    elif (path / "snapshots").is_dir():
+        reference = path / "refs" / (config.revision or "main")
+        commit = reference.read_text().strip() if reference.is_file() else config.revision or "main"
+        path = path / "snapshots" / commit
+    elif not any(path.glob("tokenizer*")):
+        gguf_file = next((file.name for file in sorted(path.glob("*.gguf"))), None)
+    if any(path.glob("tokenizer*")):
+        gguf_file = None
+    return replace(config, model_id=str(path), revision=None), gguf_file
 
 
 def _override(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from textgen_engine.attention import bridge
@@ -21,9 +21,11 @@ from textgen_engine.errors import ModelLoadError
 from textgen_engine.host_memory import available_bytes
 from textgen_engine.kernels.cpu import CpuKernels
 from textgen_engine.kv_cache import LayerShape
+from textgen_engine.models.checkpoint import Checkpoint, find_checkpoint
 from textgen_engine.models.cpu_linear import replace_linears
 from textgen_engine.models.fusion import fuse_layers
 from textgen_engine.models.trial import LayerNeeds, check_results, probe_layers, stock_logits
+from textgen_engine.models.weights import WeightHooks, WeightReader, as_quantizer, stored_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -63,32 +65,30 @@ class LoadedModel:
 def load_model(
     config: ModelConfig, backend: AttentionBackend, kernels: CpuKernels | None = None, *, fused: bool = True
 ) -> LoadedModel:
-    """Load weights, tokenizer and generation defaults from the folder config.model_id.
+    """Load weights, tokenizer and generation defaults of config.model_id (see find_checkpoint).
 
     fused: layers may be replaced by ones whose pieces run together, and whose linear layers are joined.
 
     Raises ModelLoadError, with one line that says what is wrong, for a folder that is missing or no checkpoint, for
     damaged weights, for a model that does not fit into memory, and for one that our attention cannot serve.
     """
-    bridge.register()
-    folder = Path(config.model_id)
-    check_checkpoint(folder)
+    checkpoint = find_checkpoint(config.model_id, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    folder = checkpoint.folder
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = torch.device(config.device)
     try:
-        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        hf_config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code, **_gguf_keyword(checkpoint)
+        )
         dtype = _choose_dtype(config, hf_config)
-        _check_memory(folder, hf_config, config.trust_remote_code, dtype, device)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=hf_config,
-            dtype=dtype,
-            attn_implementation=bridge.ATTENTION_NAME,
-            trust_remote_code=config.trust_remote_code,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # they are reported, and refused below with their names
-            output_loading_info=True,
+        with torch.device("meta"):
+            outline = AutoModelForCausalLM.from_config(
+                hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code
+            )
+        _check_memory(folder, outline, dtype, device)
+        model, report = read_model(
+            checkpoint, type(outline), hf_config, dtype, device, trust_remote_code=config.trust_remote_code
         )
         eos_token_ids = _named_eos_token_ids(folder, hf_config.get_text_config())
     except ModelLoadError:
@@ -97,7 +97,11 @@ def load_model(
         raise ModelLoadError(f"cannot load {folder}: {_one_line(error)}") from error
     _check_weights(folder, report)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder,
+            trust_remote_code=config.trust_remote_code,
+            **({} if any(folder.glob("tokenizer*")) else _gguf_keyword(checkpoint)),
+        )
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise ModelLoadError(f"cannot load the tokenizer of {folder}: {_one_line(error)}") from error
     if eos_token_ids is None:
@@ -126,21 +130,51 @@ def load_model(
     )
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Raise ModelLoadError unless the folder holds a config and safetensors files whose headers and sizes agree."""
-    if not folder.is_dir():
-        raise ModelLoadError(f"model folder {folder} does not exist")
-    if not (folder / "config.json").is_file():
-        raise ModelLoadError(f"{folder} is no checkpoint: it has no config.json")
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise ModelLoadError(f"{folder} is no checkpoint: it has no .safetensors file")
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as opened:
-                opened.keys()  # reads the header and compares it with the size of the file
-        except (SafetensorError, OSError) as error:
-            raise ModelLoadError(f"{shard} is damaged: {_one_line(error)}") from error
+def read_model(
+    checkpoint: Checkpoint,
+    model_class: Any,
+    hf_config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    trust_remote_code: bool = False,
+    hooks: WeightHooks | None = None,
+) -> tuple[torch.nn.Module, Any]:
+    """transformers' model with its weights on the device, and its report on what was missing.
+
+    hooks: what may change the model and its weights on their way in; for safetensors only.
+    """
+    bridge.register()
+    keywords: dict[str, Any] = {
+        "config": hf_config,
+        "dtype": dtype,
+        "attn_implementation": bridge.ATTENTION_NAME,
+        "ignore_mismatched_sizes": True,  # they are reported, and refused by the caller with their names
+        "output_loading_info": True,
+    }
+    if device.type != "cpu":
+        keywords["device_map"] = {"": device}
+    if not checkpoint.shards or getattr(hf_config, "quantization_config", None) is not None:
+        logger.info("%s: read by transformers, not tensor by tensor", checkpoint.folder)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            use_safetensors=bool(checkpoint.shards),
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            **keywords,
+            **_gguf_keyword(checkpoint),
+        )
+        return model, report
+    hooks = hooks or WeightHooks()
+    with WeightReader(list(checkpoint.shards), widen=dtype) as reader, as_quantizer(hooks) as quantization_config:
+        model, report = model_class.from_pretrained(
+            None, state_dict=stored_tensors(reader, hooks), quantization_config=quantization_config, **keywords
+        )
+    return model, report
+
+
+def _gguf_keyword(checkpoint: Checkpoint) -> dict[str, str]:
+    return {} if checkpoint.gguf is None else {"gguf_file": checkpoint.gguf}
 
 
 def _choose_dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:
@@ -154,17 +188,13 @@ def _choose_dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:
     return hf_config.get_text_config().dtype or hf_config.dtype or torch.bfloat16
 
 
-def _check_memory(
-    folder: Path, hf_config: Any, trust_remote_code: bool, dtype: torch.dtype, device: torch.device
-) -> None:
+def _check_memory(folder: Path, outline: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse a model that does not fit before anything of it is allocated.
 
     The size is that of the model the config describes, not of the files: a config that does not belong to its weights
     may describe a far larger one.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=trust_remote_code)
-    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    needed = sum(parameter.numel() for parameter in outline.parameters()) * dtype.itemsize
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     if needed > free:
         raise ModelLoadError(
