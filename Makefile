@@ -48,7 +48,7 @@ bench-compare: setup ## our server beside every installed rival, taking turns; t
 	$(BIN)/python scripts/benchmark/compare.py $(ARGS)
 
 rivals: setup ## install the engines that bench-compare knows, each in an environment of its own (10 GB, half an hour)
-	OUR_PYTHON=$(abspath $(BIN)/python) scripts/benchmark/install_rivals.sh $(RIVALS) $(MODEL)
+	scripts/benchmark/install_rivals.sh $(RIVALS) $(MODEL)
 
 check-image: setup ## run the instructions of docker/Dockerfile.cpu in a fresh folder, up to a healthy server
 	rm -rf $(CACHE)/image

@@ -57,7 +57,9 @@ llama() {
         -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF \
         -DLLAMA_BUILD_UI=OFF
     cmake --build "$folder/llama.cpp" --target llama-server --parallel 2
-    PYTHONPATH="$folder/llama.cpp/source/llama.cpp/gguf-py" "${OUR_PYTHON:-$python}" \
+    # Its converter needs transformers and torch, which CTranslate2's environment has already.
+    "$folder/ctranslate2/bin/python" "${pip[@]}" sentencepiece==0.2.1
+    PYTHONPATH="$folder/llama.cpp/source/llama.cpp/gguf-py" "$folder/ctranslate2/bin/python" \
         "$folder/llama.cpp/source/llama.cpp/convert_hf_to_gguf.py" "$model" \
         --outfile "$folder/llama.cpp/model-f32.gguf" --outtype f32
 }
