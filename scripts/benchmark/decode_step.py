@@ -4,6 +4,7 @@
     decode_step.py [--model FOLDER] [--batches 1,8,32] [--context 300] [--rounds 6] [--profile] [--json results.json]
 
 Both forms are built in one process and take turns, a few steps each, so that what else the machine does falls on both.
+So does a read of memory, which says how fast a step could be that did nothing but read the weights and the cache once.
 """
 
 from __future__ import annotations
@@ -66,6 +67,27 @@ def timed_step(engine: Engine) -> float:
     return (time.perf_counter() - begin) * 1000
 
 
+class MemoryBound:
+    """How long the machine takes to read what a step reads: all weights once, keys and values of its context."""
+
+    def __init__(self, engine: Engine, batch: int, context: int) -> None:
+        runner = engine._runner
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in runner._loaded.model.parameters())
+        per_token = sum(shape.bytes_per_token(runner._loaded.dtype) for shape in runner._loaded.layers)
+        self.cache_bytes = batch * context * per_token
+        # In pieces like the weights', together far larger than any cache of the processor.
+        self._pieces = [torch.ones(2**22) for _ in range(32)]
+
+    def bytes_per_ms(self) -> float:
+        begin = time.perf_counter()
+        for piece in self._pieces:
+            piece.sum()
+        return sum(piece.numel() * 4 for piece in self._pieces) / ((time.perf_counter() - begin) * 1000)
+
+    def milliseconds(self, bytes_per_ms: float) -> float:
+        return (self.weight_bytes + self.cache_bytes) / bytes_per_ms
+
+
 def profile(engine: Engine) -> dict[str, float]:
     """Milliseconds of one step by PyTorch operation (the profiler itself slows the step; compiled kernels are not
     operations of PyTorch and appear only in the difference to the whole)."""
@@ -94,16 +116,23 @@ def main() -> None:
         "context": options.context,
         "batches": {},
     }
-    print("| sequences | PyTorch ms | compiled ms | ratio (median, quartiles) |\n|---|---|---|---|", flush=True)
+    print(
+        "| sequences | PyTorch ms | compiled ms | ratio (median, quartiles) | memory's bound ms | share of it |\n"
+        "|---|---|---|---|---|---|",
+        flush=True,
+    )
     for batch in map(int, options.batches.split(",")):
         steps = (options.rounds + 2) * STEPS_A_ROUND + 40 + batch * options.context // 256
         arguments = (options.model, batch, options.context, steps, options.threads)
         plain, compiled = (make_engine(*arguments, compiled=form) for form in (False, True))
         times: dict[str, list[float]] = {"pytorch_ms": [], "compiled_ms": []}
-        ratios = []
+        ratios, rates = [], []
+        bound = MemoryBound(plain, batch, options.context)
         for round_number in range(options.rounds + 1):
             pair = [[timed_step(engine) for _ in range(STEPS_A_ROUND)] for engine in (plain, compiled)]
+            rate = bound.bytes_per_ms()
             if round_number:  # the first one warms up
+                rates.append(rate)
                 times["pytorch_ms"] += pair[0]
                 times["compiled_ms"] += pair[1]
                 ratios.append(statistics.median(pair[0]) / statistics.median(pair[1]))
@@ -111,7 +140,14 @@ def main() -> None:
         entry["ratios"] = [round(ratio, 3) for ratio in ratios]
         low, middle, high = statistics.quantiles(ratios, n=4)
         medians = [statistics.median(values) for values in times.values()]
-        print(f"| {batch} | {medians[0]:.1f} | {medians[1]:.1f} | {middle:.2f} ({low:.2f} to {high:.2f}) |", flush=True)
+        bound_ms = bound.milliseconds(statistics.median(rates))
+        entry["read_gib_per_s"] = [round(rate * 1000 / 2**30, 1) for rate in rates]
+        entry["memory_bound_ms"] = round(bound_ms, 2)
+        print(
+            f"| {batch} | {medians[0]:.1f} | {medians[1]:.1f} | {middle:.2f} ({low:.2f} to {high:.2f}) "
+            f"| {bound_ms:.1f} | {100 * bound_ms / medians[1]:.0f} % |",
+            flush=True,
+        )
         if options.profile:
             entry["profile_ms"] = {"pytorch": profile(plain), "compiled": profile(compiled)}
             print(json.dumps(entry["profile_ms"], indent=1), flush=True)
