@@ -31,6 +31,7 @@ LAYERS = [
         "messages",
         "parameters",
         "host_memory",
+        "suspects",
     },
     {"block_manager", "kv_cache", "attention.base", "detokenizer", "grammar", "sampling", "kernels", "adapters"},
     {"scheduler", "attention", "models", "batch", "model_runner", "constraints", "warmup"},
@@ -39,7 +40,7 @@ LAYERS = [
 ]
 WITHOUT_TORCH = [
     "errors", "config", "metrics", "sampling.params", "adapters.spec", "request", "sequence", "messages", "parameters",
-    "block_manager", "scheduler", "process",
+    "block_manager", "scheduler", "suspects", "process",
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "triton", "tokenizers", "safetensors")
 

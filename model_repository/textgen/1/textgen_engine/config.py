@@ -204,6 +204,13 @@ OPTIONS: tuple[Option, ...] = (
         "a step that takes longer counts as a hang: the engine is restarted",
         minimum=1,
     ),
+    _own(
+        "engine_heartbeat_timeout_s",
+        float,
+        20.0,
+        "an engine process that shows no sign of life for so long is restarted",
+        minimum=3,
+    ),
     _tgi("log_level", str, "info", "what is logged", choices=("debug", "info", "warning", "error")),
     _tgi("json_output", bool, False, "log lines as JSON objects"),
     # Traces.
@@ -297,10 +304,15 @@ class TransportConfig:
 
 @dataclass(frozen=True)
 class SupervisionConfig:
-    """When the engine process counts as hung, and how often it may be restarted."""
+    """When the engine process counts as hung, and how often it may be restarted.
+
+    hang_timeout_s: longest step. heartbeat_timeout_s: longest silence of the process itself, which says every second
+    that it is alive, in a step or idle.
+    """
 
     max_restarts: int = 5
     hang_timeout_s: float = 120.0
+    heartbeat_timeout_s: float = 20.0
 
 
 @dataclass(frozen=True)
@@ -448,7 +460,9 @@ def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, h
             keep_alive_s=values["keep_alive_s"],
         ),
         supervision=SupervisionConfig(
-            max_restarts=values["max_engine_restarts"], hang_timeout_s=values["engine_hang_timeout_s"]
+            max_restarts=values["max_engine_restarts"],
+            hang_timeout_s=values["engine_hang_timeout_s"],
+            heartbeat_timeout_s=values["engine_heartbeat_timeout_s"],
         ),
         watermark=WatermarkConfig(gamma=values["watermark_gamma"], delta=values["watermark_delta"]),
         grammar=GrammarConfig(

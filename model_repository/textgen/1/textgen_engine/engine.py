@@ -239,19 +239,43 @@ class Engine:
             self._forget_sampler_state(sequence)
         self._announce_started(batch)
         if batch.entries:
-            try:
-                self._collect(self._launch(batch), report)
-            except torch.AcceleratorError:
-                raise  # the device is lost to this process: no later step can succeed, so the process has to end
-            except Exception as error:  # the one broad catch: the step's requests fail, the engine goes on
-                logger.exception("a step of %d sequences failed", len(batch.entries))
-                failure = EngineFailure(f"the engine could not run a step ({type(error).__name__})")
-                for request_id in {entry.sequence.request.request_id for entry in batch.entries}:
-                    self._fail(request_id, failure, report)
+            self._run_batch(batch, report)
         if batch.entries or report.outputs:
             self._measure(batch, report, time.monotonic() - now_s)
             self._emit(report)
         return bool(batch.entries)
+
+    def _run_batch(self, batch: ScheduledBatch, report: StepReport) -> None:
+        """Run the step. One whose forward pass fails is tried again in halves, down to the sequences that fail alone:
+        one poisonous request, or more than the memory takes at once, costs the neighbours nothing but time."""
+        has_copies = bool(batch.copies)
+        try:
+            self._collect(self._launch(batch), report)
+            return
+        except torch.AcceleratorError:
+            raise  # the device is lost to this process: no later step can succeed, so the process has to end
+        except Exception as error:  # the one broad catch: the requests fail, the engine goes on
+            reason = type(error).__name__
+            # Copied blocks may have been written over since, and what has advanced cannot be run again.
+            can_repeat = not has_copies and all(e.sequence.num_computed == e.start for e in batch.entries)
+            if can_repeat and len(batch.entries) > 1:
+                logger.warning("a step of %d sequences failed: tried in halves", len(batch.entries), exc_info=True)
+            else:
+                can_repeat = False
+                logger.exception("a step of %d sequences failed", len(batch.entries))
+        # Out of the except clause, so that the traceback no longer keeps the failed step's tensors alive.
+        self._runner.release_unused_memory()
+        if not can_repeat:
+            failure = EngineFailure(f"the engine could not run a step ({reason})")
+            for request_id in {entry.sequence.request.request_id for entry in batch.entries}:
+                self._fail(request_id, failure, report)
+            return
+        middle = len(batch.entries) // 2
+        for entries in (batch.entries[:middle], batch.entries[middle:]):
+            # What shares a request with a sequence that has failed is gone.
+            half = ScheduledBatch([entry for entry in entries if entry.sequence in self._choice_of])
+            if half.entries:
+                self._run_batch(half, report)
 
     def check_integrity(self) -> None:
         """Assert that no block, slot or record outlives its request."""

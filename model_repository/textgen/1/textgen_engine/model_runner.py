@@ -50,6 +50,11 @@ class ModelRunner:
             logits = logits[inputs.logits_rows]
         return logits[: len(inputs.logits_rows)].float()
 
+    def release_unused_memory(self) -> None:
+        """Give the device what its allocator keeps for later; for use after a step that ran out of memory."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
 
 def num_cache_blocks(config: CacheConfig, loaded: LoadedModel, *, max_useful_tokens: int, step_bytes: int) -> int:
     """Blocks of the KV cache where config.num_blocks does not say: what memory_fraction of the free memory holds beside

@@ -5,7 +5,10 @@ socket pair: the child ends when its end of the pair does, so a killed caller le
 
 When the engine dies (killed, crashed, out of memory, hung): requests that had started get one EngineFailure each,
 those that had not are kept, a new engine is started in place, and the kept ones are submitted to it (but not to a
-third one).
+third one). A request that comes again and again and was running each time is dealt with in suspects.py.
+
+The child says every second that it is alive. Silence is measured on a clock of the supervisor's own turns, which stands
+still while this process does: a machine that was suspended or a container that was paused costs no engine its life.
 """
 
 from __future__ import annotations
@@ -36,18 +39,23 @@ from textgen_engine.errors import (
     DeadlineExceeded,
     EngineError,
     EngineFailure,
+    InvalidParameter,
     ModelLoadError,
     NotReady,
 )
 from textgen_engine.logs import configure_logging
 from textgen_engine.messages import EngineInfo, StepReport
 from textgen_engine.request import GenerationRequest, TokenOutput
+from textgen_engine.suspects import Standing, Suspects
 
 logger = logging.getLogger(__name__)
 
 _RESTART_WINDOW_S = 600.0
 _STOP_TIMEOUT_S = 10.0
 _POLL_S = 0.1
+_HEARTBEAT_S = 1.0
+# One turn of the supervisor counts for no more than this on its clock; an undisturbed turn takes a heartbeat at most.
+_LONGEST_TURN_S = 2.0
 # The engine itself ends a request at its deadline; the supervisor does so much later, when the engine does not answer.
 _DEADLINE_GRACE_S = 2.0
 # A queued request that was there when so many engines died may be what kills them: it is not given to another one.
@@ -70,6 +78,8 @@ class _Pending:
     started: bool = False
     cancelled: bool = False
     num_deaths: int = 0  # engines that died while it was in their queue
+    is_quarantined: bool = False  # runs while no other quarantined request does
+    submitted: bool = False  # to the present engine
 
 
 class EngineClient:
@@ -85,6 +95,9 @@ class EngineClient:
         self._state = EngineState.STARTING
         self._pending: dict[str, _Pending] = {}  # in order of submission
         self._restarts: deque[float] = deque()
+        self._suspects = Suspects()
+        self._quarantined: str | None = None  # the one quarantined request that the engine has
+        self._quarantine: deque[str] = deque()  # those that wait for their turn
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -107,13 +120,21 @@ class EngineClient:
         return info
 
     def submit(self, request: GenerationRequest) -> None:
-        """Hand over a request. Raises NotReady when there is no engine and none is coming."""
+        """Hand over a request. Raises NotReady when there is no engine and none is coming, and InvalidParameter for a
+        request that has killed engines before."""
         with self._lock:
             if self._state in (EngineState.FAILED, EngineState.STOPPED):
                 raise NotReady(f"the engine has {self._state.value}")
-            self._pending[request.request_id] = _Pending(request)
+            standing = self._suspects.standing(request, time.monotonic())
+            if standing is Standing.REFUSED:
+                raise InvalidParameter(
+                    f"the engine died each of the {self._suspects.max_deaths} times that this request was running; "
+                    f"it is refused for {self._suspects.memory_s / 60:g} minutes"
+                )
+            pending = _Pending(request, is_quarantined=standing is Standing.QUARANTINED)
+            self._pending[request.request_id] = pending
             if self._state is EngineState.READY:
-                self._outbox.put(request)
+                self._pass_on(pending)
 
     def cancel(self, request_id: str) -> None:
         """End a request; its last output is a Cancelled error. Unknown or ended: nothing."""
@@ -121,11 +142,11 @@ class EngineClient:
             pending = self._pending.get(request_id)
             if pending is None:
                 return
-            if self._state is EngineState.READY:
+            if self._state is EngineState.READY and pending.submitted:
                 pending.cancelled = True  # remembered, for the message is lost if the engine has just died
                 self._outbox.put(_Cancel(request_id))
                 return
-            del self._pending[request_id]
+            self._forget(request_id)
         self._report_errors([request_id], Cancelled("ended before it was complete"))
 
     def stop(self) -> None:
@@ -159,6 +180,8 @@ class EngineClient:
             self._end_process()
             self._take_out(lambda pending: pending.cancelled, Cancelled("ended before it was complete"))
             with self._lock:
+                running = [pending.request for pending in self._pending.values() if pending.started]
+                self._suspects.note_death(running, time.monotonic())
                 for pending in self._pending.values():
                     pending.num_deaths += 1
             self._take_out(
@@ -172,24 +195,34 @@ class EngineClient:
         """Pass reports on until the engine is gone; says how it went."""
         connection, process = self._connection, self._process
         assert connection is not None and process is not None
-        last_message_s = time.monotonic()
+        limits = self._config.supervision
+        turn_s = time.monotonic()
+        silent_s = stuck_s = unchecked_s = 0.0  # since the last message, the last report, the last look at deadlines
         while True:
             try:
-                if connection.poll(1.0):
-                    report = pickle.loads(connection.recv_bytes())
-                    self._note(report)
-                    last_message_s = time.monotonic()
-                    continue
+                message = connection.recv_bytes() if connection.poll(_HEARTBEAT_S) else None
             except (EOFError, OSError):
-                code = _wait(process)
-                return "was killed" if code is None or code < 0 else f"ended with exit code {code}"
+                return _how_it_ended(_wait(process))
+            now_s = time.monotonic()
+            elapsed_s, turn_s = min(now_s - turn_s, _LONGEST_TURN_S), now_s
+            silent_s, stuck_s, unchecked_s = silent_s + elapsed_s, stuck_s + elapsed_s, unchecked_s + elapsed_s
+            if message is not None:
+                silent_s = 0.0
+                if message != _HEARTBEAT:
+                    self._note(pickle.loads(message))
+                    stuck_s = 0.0
+            if unchecked_s < _HEARTBEAT_S:
+                continue
+            unchecked_s = 0.0
             with self._lock:
-                is_busy = bool(self._pending)
+                is_busy = any(pending.submitted for pending in self._pending.values())
             if not is_busy:
-                last_message_s = time.monotonic()
-            elif time.monotonic() - last_message_s > self._config.supervision.hang_timeout_s:
-                return f"did not answer for {self._config.supervision.hang_timeout_s:g} seconds"
-            self._expire_pending(time.monotonic() - _DEADLINE_GRACE_S, "the engine did not answer in time")
+                stuck_s = 0.0
+            if stuck_s > limits.hang_timeout_s:
+                return f"did not answer for {limits.hang_timeout_s:g} seconds"
+            if silent_s > limits.heartbeat_timeout_s:
+                return f"showed no sign of life for {limits.heartbeat_timeout_s:g} seconds"
+            self._expire_pending(now_s - _DEADLINE_GRACE_S, "the engine did not answer in time")
 
     def _note(self, report: StepReport) -> None:
         with self._lock:
@@ -204,7 +237,9 @@ class EngineClient:
                 if pending is None:
                     continue
                 if output.is_last:
-                    del self._pending[output.request_id]
+                    self._forget(output.request_id)
+                    if output.error is None:
+                        self._suspects.clear(pending.request)
                 outputs.append(output)
             report.outputs = outputs
         self._hand_over(report)
@@ -258,8 +293,11 @@ class EngineClient:
         info = self._wait_ready(connection)
         with self._lock:
             self._outbox = queue.SimpleQueue()
+            self._quarantined = None
+            self._quarantine.clear()
             for pending in self._pending.values():
-                self._outbox.put(pending.request)
+                pending.submitted = False
+                self._pass_on(pending)
             if self._state is EngineState.STOPPED:
                 self._outbox.put(None)
             else:
@@ -294,6 +332,28 @@ class EngineClient:
         if self._connection is not None:
             self._connection.close()
 
+    # ---- who is with the engine; called with the lock held ------------------------------------------------------
+
+    def _pass_on(self, pending: _Pending) -> None:
+        """Put the request into the outbox, or into the row of those that run one at a time."""
+        if pending.is_quarantined:
+            if self._quarantined is not None:
+                self._quarantine.append(pending.request.request_id)
+                return
+            self._quarantined = pending.request.request_id
+        pending.submitted = True
+        self._outbox.put(pending.request)
+
+    def _forget(self, request_id: str) -> None:
+        """Take the request out; the next one in quarantine has its turn."""
+        del self._pending[request_id]
+        if request_id == self._quarantined:
+            self._quarantined = None
+            while self._quarantine and self._quarantined is None:
+                successor = self._pending.get(self._quarantine.popleft())
+                if successor is not None and self._state is EngineState.READY:
+                    self._pass_on(successor)
+
     # ---- answers that the engine cannot give -------------------------------------------------------------------
 
     def _expire_pending(self, limit_s: float, reason: str) -> None:
@@ -308,7 +368,7 @@ class EngineClient:
         with self._lock:
             request_ids = [request_id for request_id, pending in self._pending.items() if concerns(pending)]
             for request_id in request_ids:
-                del self._pending[request_id]
+                self._forget(request_id)
         self._report_errors(request_ids, error)
 
     def _report_errors(self, request_ids: list[str], error: EngineError) -> None:
@@ -321,6 +381,10 @@ class EngineClient:
             self._on_report(report)
         except Exception:  # the caller's fault; without this thread no request would ever be answered again
             logger.exception("a report was not taken in")
+
+
+# Sent as it is, without pickling; no report is empty.
+_HEARTBEAT = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,6 +413,15 @@ def _wait(process: subprocess.Popen[bytes]) -> int | None:
         return None
 
 
+def _how_it_ended(code: int | None) -> str:
+    """In words. SIGKILL comes from outside (an operator, the kernel short of memory), other signals are a crash."""
+    if code is None or code == -signal.SIGKILL:
+        return "was killed"
+    if code < 0:
+        return f"crashed ({signal.Signals(-code).name})"
+    return f"ended with exit code {code}"
+
+
 def _python() -> str:
     # Inside Triton's stub sys.executable is the environment's interpreter, where there is one.
     if sys.executable and Path(sys.executable).name.startswith("python"):
@@ -371,9 +444,15 @@ def main(file_descriptor: int) -> int:
 
     from textgen_engine.engine import Engine  # here, so that the caller's process never imports torch
 
+    sending = threading.Lock()
+
     def emit(report: StepReport) -> None:
+        send(pickle.dumps(report, protocol=pickle.HIGHEST_PROTOCOL))
+
+    def send(message: bytes) -> None:
         try:
-            connection.send_bytes(pickle.dumps(report, protocol=pickle.HIGHEST_PROTOCOL))
+            with sending:
+                connection.send_bytes(message)
         except OSError:
             os._exit(1)  # nobody is left to answer to
 
@@ -400,7 +479,13 @@ def main(file_descriptor: int) -> int:
         except (EOFError, OSError):
             os._exit(0)
 
+    def live() -> None:
+        while True:
+            time.sleep(_HEARTBEAT_S)
+            send(_HEARTBEAT)
+
     threading.Thread(target=read, name="engine-reader", daemon=True).start()
+    threading.Thread(target=live, name="engine-heartbeat", daemon=True).start()
     try:
         engine.run()
     except Exception:
