@@ -25,8 +25,18 @@ _STRICT_TEMPLATE = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in these folders needs a real server."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", action="store_true", help="Run the tests of faults that take long, too.")
+    parser.addoption("--record-faults", type=Path, metavar="FILE", help="Keep what tests of faults measured, as JSON.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Everything in these folders needs a real server; tests marked `faults` run when asked for."""
+    if not config.getoption("--faults"):
+        skip = pytest.mark.skip(reason="takes long: make test-faults")
+        for item in items:
+            if "faults" in item.keywords and item.get_closest_marker("faults"):
+                item.add_marker(skip)
     here = Path(__file__).parent
     folders = [here / name for name in SERVER_FOLDERS]
     for item in items:
@@ -80,18 +90,20 @@ def narrow_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def start_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServer]:
-    """`start_server(*arguments, wait=True, **environment)`: a server of the test's own, gone when the test ends.
+    """`start_server(*arguments, wait=True, prefix=(), **environment)`: a server of the test's own, gone when it ends.
 
-    Arguments are flags of scripts/serve.py. Without MODEL_ID it serves the demonstration model; the environment is
+    Arguments are flags of scripts/serve.py, prefix what its command begins with. Without MODEL_ID it serves the demonstration model; the environment is
     laid over the shared server's. wait=False returns at once.
     """
     started: list[RunningServer] = []
 
-    def start(*arguments: str, wait: bool = True, **environment: str) -> RunningServer:
+    def start(
+        *arguments: str, wait: bool = True, prefix: tuple[str, ...] = (), **environment: str
+    ) -> RunningServer:
         if "MODEL_ID" not in environment:
             environment["MODEL_ID"] = str(request.getfixturevalue("model_dir"))
         folder = tmp_path_factory.mktemp("server")
-        running = RunningServer(folder, SERVER_ENVIRONMENT | environment, arguments)
+        running = RunningServer(folder, SERVER_ENVIRONMENT | environment, arguments, prefix)
         started.append(running)
         return running.wait_until_ready() if wait else running
 

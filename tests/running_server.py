@@ -43,12 +43,19 @@ class RunningServer:
     exist once it is ready. `log` is the server's log, `output` what the launcher printed.
     """
 
-    def __init__(self, folder: Path, environment: dict[str, str], arguments: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        environment: dict[str, str],
+        arguments: tuple[str, ...] = (),
+        prefix: tuple[str, ...] = (),
+    ) -> None:
+        """prefix: words before the command; they must end by executing what follows them."""
         self.log = folder / "server.log"
         self.output = folder / "output.txt"
         self.ready_file = folder / "ready.json"
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("TEXTGEN_")}
-        command = [sys.executable, str(SERVE), "--host", "127.0.0.1", "--no-demo"]
+        command = [*prefix, sys.executable, str(SERVE), "--host", "127.0.0.1", "--no-demo"]
         # Few tests need a gateway, and each start of one takes a core for a second.
         command += ["--no-gateway"] if "--gateway-port" not in arguments else []
         command += ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
@@ -72,6 +79,7 @@ class RunningServer:
         self.http_url = f"http://127.0.0.1:{ready['http_port']}"
         self.metrics_url = f"http://127.0.0.1:{ready['metrics_port']}/metrics"
         self.gateway_url = f"http://127.0.0.1:{ready['gateway_port']}" if ready["gateway_port"] else None
+        self.admin_key: str = ready["restricted_api_key"]
         self._server_pid: int = ready["pids"]["tritonserver"][0]
         return self
 

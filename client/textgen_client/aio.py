@@ -242,7 +242,11 @@ class AsyncClient:
                 pass
 
     async def models(self, *, timeout: float = 5.0) -> list[ModelStatus]:
-        """Every model version in the server's repository, with its state."""
+        """Every model version in the server's repository, with its state.
+
+        A server started by scripts/serve.py answers this to its administrator only: `headers` of the client must have
+        the key, as `triton-grpc-protocol-admin-key`. Without it: ServerUnavailable, with Triton's words.
+        """
         index = await self._ask("RepositoryIndex", service_pb2.RepositoryIndexRequest(), timeout)
         return [ModelStatus(entry.name, entry.version, entry.state, entry.reason) for entry in index.models]
 

@@ -1,6 +1,10 @@
-"""The life of one served model: check, start, wait until a request succeeds, announce, watch, stop.
+"""The life of one served model: check, start, wait until a request succeeds, announce, watch, start again, stop.
 
 Owns the order of these steps and what the user is told; each step itself lives in the file named after it.
+
+What is watched, because Triton itself does not: tritonserver, and the processes of its models (the stubs). A dead
+tokenizer is loaded again in place, streams go on. When tritonserver or the stub of textgen is dead, nothing can be
+saved: the server is ended, which tells the clients that wait, and started again on the same ports.
 """
 
 from __future__ import annotations
@@ -8,17 +12,20 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import secrets
 import shutil
 import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from textgen_engine import host_memory
 from textgen_serve import checkpoint, demo_model, gateway, options, probe, processes, ready_file
+from textgen_serve.control import ControlError, ModelControl
 from textgen_serve.errors import ServeError
 from textgen_serve.log import LogFollower, LogLine
 from textgen_serve.runtime import find_runtime
@@ -31,6 +38,8 @@ _POLL_S = 0.1
 _ANSWER_S = 600.0
 # W3C's: with them a request is part of its client's trace.
 _TRACE_HEADERS = "(traceparent|tracestate)"
+_RESTART_WINDOW_S = 600.0
+_STUB_LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class LaunchOptions:
     graceful_termination_timeout: int
     model_control_mode: str
     restricted_api_key: str | None
+    max_server_restarts: int
     log_file: Path | None
     verbose: bool
     cache_dir: Path
@@ -57,6 +67,10 @@ class LaunchOptions:
 
 class _StopRequested(Exception):
     """SIGINT or SIGTERM came."""
+
+
+class _ServerLost(Exception):
+    """A server that was serving is dead, or as good as; the text says what died."""
 
 
 class Launcher:
@@ -72,6 +86,10 @@ class Launcher:
         self._num_stops = 0
         self._ready = False
         self._gateway: gateway.Gateway | None = None
+        self._admin_key = launch.restricted_api_key or secrets.token_urlsafe(24)
+        self._restarts: deque[float] = deque()
+        self._stubs: processes.StubWatch | None = None
+        self._looked_s = 0.0
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM. A second signal stops at once."""
@@ -93,18 +111,38 @@ class Launcher:
                 launch.gateway_port if launch.gateway else None,
             )
             _on_stop_signals(self._count_stop)
-            server = TritonServer(runtime, self._server_options(ports), self._environment)
-            try:
+            server_options = self._server_options(ports)
+            while True:
+                server = TritonServer(runtime, server_options, self._environment)
                 try:
-                    self._serve(server, ports, model.name, model_id)
-                finally:
-                    if launch.ready_file is not None:
-                        ready_file.remove(launch.ready_file)
-            except _StopRequested:
-                self._stop(server)
-            except BaseException:
-                server.kill()  # and with it everything below this process
-                raise
+                    try:
+                        self._serve(server, ports, model.name, model_id)
+                    finally:
+                        if launch.ready_file is not None:
+                            ready_file.remove(launch.ready_file)
+                except _StopRequested:
+                    self._stop(server)
+                    return
+                except _ServerLost as lost:
+                    server.kill(spare=[self._gateway.pid] if self._gateway is not None else [])
+                    self._begin_again(lost)
+                except BaseException:
+                    server.kill()  # and with it everything below this process
+                    raise
+
+    def _begin_again(self, lost: _ServerLost) -> None:
+        """Return when the server may be started again; raises ServeError when that was done too often."""
+        now_s = time.monotonic()
+        while self._restarts and now_s - self._restarts[0] > _RESTART_WINDOW_S:
+            self._restarts.popleft()
+        if len(self._restarts) >= self._launch.max_server_restarts:
+            if self._gateway is not None:
+                self._gateway.kill()
+            raise ServeError(f"{lost}; the server's log: {self._log_file}")
+        self._restarts.append(now_s)
+        self._ready = False
+        self._log.forget()
+        self._terminal.warn(f"{lost}: starting it again")
 
     def _count_stop(self, _number: int, _frame: object) -> None:
         self._num_stops += 1
@@ -149,7 +187,7 @@ class Launcher:
             drain_s=launch.graceful_termination_timeout,
             log_file=self._log_file,
             model_control_mode=launch.model_control_mode,
-            admin_key=launch.restricted_api_key,
+            admin_key=self._admin_key,
             forwarded_headers=_TRACE_HEADERS if (os.environ | self._environment).get("OTLP_ENDPOINT") else None,
             extra_arguments=launch.triton_args,
         )
@@ -158,23 +196,44 @@ class Launcher:
 
     def _serve(self, server: TritonServer, ports: Ports, model: str, model_id: str) -> None:
         """Never returns: ends by _StopRequested or ServeError."""
+        is_first = not self._restarts
         self._wait_until_ready(server, ports, model)
-        if ports.gateway is not None:
+        if ports.gateway is not None and self._gateway is None:
             self._start_gateway(server, ports, model_id)
         self._ready = True
+        self._stubs = processes.StubWatch(server.pid)
         if self._launch.ready_file is not None:
             pids = processes.pids_by_role(server.pid)
             if self._gateway is not None:
                 pids["gateway"] = [self._gateway.pid]
-            ready_file.write(self._launch.ready_file, ports, pids)
-        self._announce(ports)
-        if self._launch.demo:
-            self._demonstrate(server, ports)
+            ready_file.write(self._launch.ready_file, ports, pids, self._admin_key)
+        if is_first:
+            self._announce(ports)
+            if self._launch.demo:
+                self._demonstrate(server, ports)
         while True:
             self._look(server)
+            self._look_after_stubs(server, ports)
+
+    def _look_after_stubs(self, server: TritonServer, ports: Ports) -> None:
+        """Once a second: replace a dead tokenizer. Raises _ServerLost for what cannot be replaced in place."""
+        if self._stubs is None or time.monotonic() - self._looked_s < _STUB_LOOK_S:
+            return
+        self._looked_s = time.monotonic()
+        for model in dict.fromkeys(self._stubs.look()):
+            if model != "tokenizer" or self._launch.model_control_mode != "explicit":
+                raise _ServerLost(f"a process of the model {model} died")
+            self._terminal.warn("a process of the model tokenizer died: loading it again")
+            control = ModelControl(_reachable(self._launch.host), ports.http, self._admin_key)
+            reload = _Background(lambda control=control: control.reload("tokenizer", _ANSWER_S))  # type: ignore[misc]
+            while not reload.done:
+                self._look(server)
+            if reload.error is not None:
+                raise _ServerLost(f"the tokenizer could not be loaded again ({reload.error})")
 
     def _look(self, server: TritonServer) -> None:
-        """One turn of waiting: pass on the log. Raises _StopRequested, or ServeError when the server failed."""
+        """One turn of waiting: pass on the log. Raises _StopRequested, _ServerLost when a server that was serving
+        ended, or ServeError when one could not even start."""
         time.sleep(_POLL_S)
         if self._num_stops:
             raise _StopRequested
@@ -188,7 +247,7 @@ class Launcher:
             self._echo(line)
         if self._ready:
             if ended is not None:
-                raise ServeError(f"tritonserver ended while serving ({ended}); the server's log: {self._log_file}")
+                raise _ServerLost(f"tritonserver ended while serving ({ended})")
         elif self._log.fatal is not None or ended is not None:
             # After a fatal line Triton still loads the other models before it gives up; nobody needs to wait for that.
             reason = self._log.reason or f"tritonserver ended before it was ready ({ended})"
@@ -292,7 +351,7 @@ class _Background:
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except (probe.ProbeError, OSError, http.client.HTTPException, ValueError) as error:
+        except (probe.ProbeError, ControlError, OSError, http.client.HTTPException, ValueError) as error:
             self.error = error
 
 

@@ -72,6 +72,12 @@ class LogFollower:
         """Forget what an earlier server wrote into the same file."""
         self._offset = os.path.getsize(self.path) if self.path.exists() else 0
 
+    def forget(self) -> None:
+        """Another server writes into the same file from now on: what the last one said of loading is past."""
+        self.fatal = None
+        self._loading, self._note = [], ""
+        self._cause, self._cause_rank = None, len(_CAUSES)
+
     @property
     def stage(self) -> str:
         """What loads at the moment, and the last thing a model of ours said about it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import signal
+from collections.abc import Collection
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,9 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _ENGINE_MODULE = "textgen_engine.process"
 _STUB = "triton_python_backend_stub"
+STUB_ROLES = ("textgen", "tokenizer")
+# Finding processes walks over all of the machine's, looking at a known one does not.
+_LOOKS_PER_SEARCH = 5
 
 
 def pids_by_role(server_pid: int) -> dict[str, list[int]]:
@@ -47,6 +51,44 @@ def _role(command: list[str]) -> str | None:
     return None
 
 
+class StubWatch:
+    """Notices stubs that died. Triton does not: it goes on saying ready, and leaves them as zombies.
+
+    A stub that was unloaded is reaped at once, so one that is a zombie at two looks in a row has died.
+    """
+
+    def __init__(self, server_pid: int) -> None:
+        self._server_pid = server_pid
+        self._roles: dict[int, str] = {}  # living stubs
+        self._doubtful: set[int] = set()
+        self._looks = 0
+        self._search()  # now: what is dead at the first look could no longer be told from anything else
+
+    def look(self) -> list[str]:
+        """Models, by name, of which a stub has died since the last look. To be called about once a second."""
+        self._looks += 1
+        if self._looks % _LOOKS_PER_SEARCH == 0:
+            self._search()
+        died = []
+        doubtful, self._doubtful = self._doubtful, set()
+        for pid, role in list(self._roles.items()):
+            try:
+                is_zombie = psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+            except psutil.NoSuchProcess:
+                del self._roles[pid]
+                continue
+            if is_zombie and pid in doubtful:
+                del self._roles[pid]
+                died.append(role)
+            elif is_zombie:
+                self._doubtful.add(pid)
+        return died
+
+    def _search(self) -> None:
+        found = pids_by_role(self._server_pid)
+        self._roles |= {pid: role for role, pids in found.items() if role in STUB_ROLES for pid in pids}
+
+
 def adopt_orphans() -> None:
     """Make this process the parent of descendants whose own parent dies, so that none is lost sight of."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -57,9 +99,19 @@ def die_with_parent() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def end_all_below(grace_s: float) -> None:
-    """End every descendant of this process: ask, wait up to `grace_s` seconds, kill; all are reaped on return."""
-    below = psutil.Process().children(recursive=True)
+def end_all_below(grace_s: float, spare: Collection[int] = ()) -> None:
+    """End every descendant of this process: ask, wait up to `grace_s` seconds, kill; all are reaped on return. The
+    children in `spare` live on, with all that is below them."""
+
+    def descendants() -> list[psutil.Process]:
+        found = []
+        for child in psutil.Process().children():
+            if child.pid not in spare:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    found += [*child.children(recursive=True), child]
+        return found
+
+    below = descendants()
     if grace_s > 0:
         for process in below:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -71,7 +123,7 @@ def end_all_below(grace_s: float) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(below, timeout=5)
-        below = psutil.Process().children(recursive=True)
+        below = descendants()
 
 
 def _prctl(option: int, value: int) -> None:

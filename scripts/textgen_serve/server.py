@@ -9,19 +9,22 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from textgen_serve import processes
+from textgen_serve.control import KEY_HEADER
 from textgen_serve.errors import ServeError
 from textgen_serve.runtime import Runtime
 from textgen_serve.shared_memory import RegionPrefix, clean_abandoned
 
 # What tritonserver may take, beyond draining, to unload its models and leave.
 _UNLOAD_S = 15.0
-_ADMIN_APIS = "model-repository,model-config,shared-memory,trace,logging"
+# Loading models is running code, mapping shared memory is reading it, and trace and log settings name files to write.
+# Reading a model's configuration and statistics stays open: monitoring and load generators ask for them.
+_ADMIN_APIS = "model-repository,shared-memory,trace,logging"
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class ServerOptions:
     ports: Ports
     drain_s: int
     log_file: Path
-    model_control_mode: str = "none"
-    admin_key: str | None = None
+    admin_key: str
+    model_control_mode: str = "explicit"
     forwarded_headers: str | None = None
     extra_arguments: tuple[str, ...] = ()
 
@@ -126,15 +129,15 @@ class TritonServer:
         # Stubs leave by themselves shortly after the server; give them that moment unless somebody is in a hurry.
         self._finish(grace_s=0.0 if give_up() else 5.0)
 
-    def kill(self) -> None:
-        """End every process at once."""
-        self._finish(grace_s=0.0)
+    def kill(self, spare: Collection[int] = ()) -> None:
+        """End every process at once, but for those of this process's children that are in `spare`."""
+        self._finish(grace_s=0.0, spare=spare)
 
-    def _finish(self, grace_s: float) -> None:
+    def _finish(self, grace_s: float, spare: Collection[int] = ()) -> None:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        processes.end_all_below(grace_s)
+        processes.end_all_below(grace_s, spare)
         self._regions.remove()
 
 
@@ -156,9 +159,8 @@ def _command(runtime: Runtime, options: ServerOptions, region_prefix: str) -> li
         command.append(f"--backend-directory={runtime.backend_directory}")
     if options.model_control_mode == "explicit":
         command.append("--load-model=*")
-    if options.admin_key is not None:
-        command.append(f"--http-restricted-api={_ADMIN_APIS}:admin-key={options.admin_key}")
-        command.append(f"--grpc-restricted-protocol={_ADMIN_APIS}:admin-key={options.admin_key}")
+    command.append(f"--http-restricted-api={_ADMIN_APIS}:{KEY_HEADER}={options.admin_key}")
+    command.append(f"--grpc-restricted-protocol={_ADMIN_APIS}:{KEY_HEADER}={options.admin_key}")
     if options.forwarded_headers is not None:
         command.append(f"--grpc-header-forward-pattern={options.forwarded_headers}")
     command.extend(options.extra_arguments)

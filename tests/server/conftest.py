@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ..running_server import RunningServer
+from .faults import FaultRecord, save_lasting_checkpoint
 from .wire import Wire
 
 Connect = Callable[[RunningServer], Wire]
@@ -25,6 +26,18 @@ def connect() -> Iterator[Connect]:
 def wire(server: RunningServer, connect: Connect) -> Wire:
     """A `Wire` to the shared server."""
     return connect(server)
+
+
+@pytest.fixture(scope="session")
+def fault_record(request: pytest.FixtureRequest) -> FaultRecord:
+    """Keeps measurements where `--record-faults` says."""
+    return FaultRecord(request.config.getoption("--record-faults"))
+
+
+@pytest.fixture(scope="session")
+def lasting_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint for streams that last."""
+    return save_lasting_checkpoint(tmp_path_factory.mktemp("lasting"))
 
 
 @pytest.fixture

@@ -201,7 +201,10 @@ def test_overload(server: Any, client: Client) -> None:
 
 
 def test_models_and_health(server: Any, client: Client) -> None:
-    assert {model.name for model in client.models() if model.ready} >= {"textgen", "tokenizer", "ensemble"}
+    with Client(server.grpc_url, headers={"triton-grpc-protocol-admin-key": server.admin_key}) as admin:
+        assert {model.name for model in admin.models() if model.ready} >= {"textgen", "tokenizer", "ensemble"}
+    with pytest.raises(ServerUnavailable, match="restricted, expecting header 'triton-grpc-protocol-admin-key'"):
+        client.models()
     found = client.health(timeout=30)
     assert (found.ok, found.problem) == (True, None)
 
@@ -232,7 +235,8 @@ def test_command(server: Any, client: Client) -> None:
     said = _textgen(server, "generate", PROMPT, "--max-new-tokens", "8")
     expected = client.generate(PROMPT, max_new_tokens=8).text + "\n"
     assert (said.returncode, said.stdout, said.stderr) == (0, expected, "")
-    assert "READY" in _textgen(server, "models").stdout
+    key = f"triton-grpc-protocol-admin-key={server.admin_key}"
+    assert "READY" in _textgen(server, "models", "--header", key).stdout
     assert _textgen(server, "health", "--timeout", "30").returncode == 0
     refused = _textgen(server, "generate", PROMPT, "-p", "no_such_parameter=1")
     assert refused.returncode == 1

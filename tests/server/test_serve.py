@@ -105,7 +105,9 @@ def test_ready_file_tells_ports_and_processes_and_the_first_request_succeeds(sta
     running = start_toy(TOY_LOAD_S="0.5")
     assert len(_generate(running, text_input="x", stream=True)) == 10
     ready = json.loads(running.ready_file.read_text())
-    assert ready.keys() == {"http_port", "grpc_port", "metrics_port", "gateway_port", "pids"}
+    ports = {"http_port", "grpc_port", "metrics_port", "gateway_port"}
+    assert ready.keys() == ports | {"pids", "restricted_api_key"}
+    assert running.ready_file.stat().st_mode & 0o077 == 0, "others could read the key"
     assert ready["gateway_port"] is None
     assert ready["pids"].keys() == {"tritonserver", "textgen", "engine"}
     assert ready["pids"] == running.pids
@@ -160,8 +162,8 @@ def test_demonstration_streams_an_answer(start_toy: StartToy) -> None:
     assert "toy toy toy" in running.output.read_text()
 
 
-def test_administrative_calls_can_need_a_key(start_toy: StartToy) -> None:
-    running = start_toy("--restricted-api-key", "secret", "--model-control-mode", "explicit")
+def test_administrative_calls_need_the_key_that_was_given(start_toy: StartToy) -> None:
+    running = start_toy("--restricted-api-key", "secret")
     index = f"{running.http_url}/v2/repository/index"
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(urllib.request.Request(index, method="POST"), timeout=10)
@@ -375,8 +377,14 @@ def test_model_file_that_is_broken(toy_repository: Path, tiny_checkpoint: Path, 
     Path(line.partition("server's log: ")[2]).unlink()
 
 
-def test_server_that_dies_while_serving(start_toy: StartToy, no_leftovers: None) -> None:
-    running = start_toy()
+def test_server_that_dies_too_often(start_toy: StartToy, no_leftovers: None) -> None:
+    running = start_toy("--max-server-restarts", "1")
+    server = running.pid("tritonserver")
+    os.kill(server, signal.SIGKILL)
+    _wait_for(lambda: not running.ready_file.exists())
+    running.wait_until_ready()  # on the same ports
+    assert running.pid("tritonserver") != server
+    assert len(_generate(running, text_input="x", stream=True)) == 10
     os.kill(running.pid("tritonserver"), signal.SIGKILL)
     assert running.launcher.wait(30) == 1
     assert "error: tritonserver ended while serving (killed by SIGKILL)" in running.output.read_text()
