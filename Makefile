@@ -20,7 +20,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup serve test lint bench bench-compare rivals check-image clean
+.PHONY: help setup serve test test-faults soak audit lint bench bench-compare rivals check-image clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +32,10 @@ serve: $(STAMPS)/packages ## start tritonserver and show a first answer; MODEL_I
 
 test: setup lint ## lint, type check and run every test this machine can run; ARGS="-k name" narrows
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-faults: setup ## kill, hang, fill, crash: every fault on a real server; the table of docs/operations.md
+	$(BIN)/python -m pytest --faults --record-faults benchmarks/results/faults.json tests/server/test_faults_*.py $(ARGS)
+	$(BIN)/python scripts/fault_table.py benchmarks/results/faults.json docs/operations.md
 
 lint: $(STAMPS)/packages ## ruff (style, imports, format) and mypy
 	$(BIN)/ruff check $(SOURCES)

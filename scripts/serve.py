@@ -70,7 +70,7 @@ def _launch_flags() -> list[click.Parameter]:
         option(
             "--restricted-api-key",
             None,
-            "Value of the header `admin-key` that Triton's administrative calls need; default: random, in the ready file.",
+            "Header `admin-key` that Triton's administrative calls need; default: random, in the ready file.",
             envvar="RESTRICTED_API_KEY",
         ),
         option(

@@ -92,14 +92,12 @@ def narrow_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def start_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServer]:
     """`start_server(*arguments, wait=True, prefix=(), **environment)`: a server of the test's own, gone when it ends.
 
-    Arguments are flags of scripts/serve.py, prefix what its command begins with. Without MODEL_ID it serves the demonstration model; the environment is
-    laid over the shared server's. wait=False returns at once.
+    Arguments are flags of scripts/serve.py, prefix what its command begins with. Without MODEL_ID it serves the
+    demonstration model; the environment is laid over the shared server's. wait=False returns at once.
     """
     started: list[RunningServer] = []
 
-    def start(
-        *arguments: str, wait: bool = True, prefix: tuple[str, ...] = (), **environment: str
-    ) -> RunningServer:
+    def start(*arguments: str, wait: bool = True, prefix: tuple[str, ...] = (), **environment: str) -> RunningServer:
         if "MODEL_ID" not in environment:
             environment["MODEL_ID"] = str(request.getfixturevalue("model_dir"))
         folder = tmp_path_factory.mktemp("server")

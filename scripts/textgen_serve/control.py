@@ -53,9 +53,10 @@ class ModelControl:
         self._json("POST", f"/v2/repository/models/{model}/load", {}, timeout_s)
 
     def reload(self, model: str, timeout_s: float) -> None:
-        """Load the same files again, beside what runs. (A configuration given with the call, even the same one, counts
-        as a change.)"""
+        """Load the same files again, with new processes, beside what runs."""
         config = self._json("GET", f"/v2/models/{model}/config", None, timeout_s=10)
+        # Without a change Triton keeps the instances it has. Parameters in upper case mean nothing to our models.
+        config.setdefault("parameters", {})["RELOAD"] = {"string_value": str(time.monotonic_ns())}
         body = {"parameters": {"config": json.dumps(config)}}
         self._json("POST", f"/v2/repository/models/{model}/load", body, timeout_s)
 

@@ -314,7 +314,9 @@ def test_a_lost_device_ends_the_process(new_engine: NewEngine, monkeypatch: pyte
         harness.engine.step()
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("out of memory"), RuntimeError("a bad kernel")])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("out of memory"), RuntimeError("a bad kernel")]
+)
 def test_a_poisonous_request_fails_alone(
     new_engine: NewEngine, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

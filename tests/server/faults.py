@@ -1,4 +1,4 @@
-"""What the tests of faults share: tiny models whose streams last, eight live streams, and a record of what was measured.
+"""What the tests of faults share: tiny models whose streams last, eight live streams, and a record of measurements.
 
 `pytest --record-faults FILE` keeps the measurements; scripts/fault_table.py makes the table of docs/operations.md of
 them.
@@ -155,7 +155,9 @@ class FaultRecord:
     def __init__(self, path: Path | None) -> None:
         self._path = path
 
-    def note(self, fault: str, *, clients_see: str, told_after_s: float | None, recovered_after_s: float | None) -> None:
+    def note(
+        self, fault: str, *, clients_see: str, told_after_s: float | None, recovered_after_s: float | None
+    ) -> None:
         """clients_see: what became of the live streams. told_after_s: until the last of them knew. recovered_after_s:
         until a new request was answered. None where nothing was interrupted."""
         if self._path is None:

@@ -1,7 +1,7 @@
 """Faults of the engine under eight live streams: what clients see, and how soon there is an answer again.
 
-The model is a tiny one with modelling code of its own, which fails at certain token ids. tests/server/test_supervision.py
-has what a killed engine means for requests that wait.
+The model is a tiny one with modelling code of its own, which fails at certain token ids. What a killed engine means for
+requests that wait is in tests/server/test_supervision.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Full file systems under eight live streams: the shared memory that Triton's processes talk through, and the log's disk.
+"""Full file systems under eight live streams: Triton's shared memory, and the disk of the log.
 
 The server gets both as small file systems of its own, in a mount namespace of its own.
 """

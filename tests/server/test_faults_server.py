@@ -60,8 +60,7 @@ def test_a_stub_of_the_tokenizer_is_killed(mortal: Wire, fault_record: FaultReco
     while len(set(server.pids["tokenizer"]) - set(old)) < 2:
         errors |= set(mortal.ask(text_input="Hi", sampling_parameters={"max_new_tokens": 1}).errors)
         assert time.monotonic() - begun_s < 60
-    refusal = "Request failed during generation: the tokenizer failed: Stub process 'tokenizer_0_0' is not healthy."
-    assert errors <= {refusal}
+    assert errors == set()
 
     def is_well() -> bool:
         answers = [mortal.ask(text_input="Hi", sampling_parameters={"max_new_tokens": 1}) for _ in range(6)]
@@ -75,7 +74,7 @@ def test_a_stub_of_the_tokenizer_is_killed(mortal: Wire, fault_record: FaultReco
     assert mortal.ask(model="ensemble", text_input="Hi", sampling_parameters={"max_new_tokens": 1}).errors == []
     fault_record.note(
         "stub of tokenizer killed",
-        clients_see=f"streams: nothing; of new requests with a text, half: {refusal}",
+        clients_see="nothing; until then a new request with a text may take a second longer",
         told_after_s=None,
         recovered_after_s=recovered_s,
     )

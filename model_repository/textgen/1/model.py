@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 # Threads that parse requests and ask the tokenizer; its instances do the work, these wait for them.
 _NUM_ADMISSION_THREADS = 4
+_NUM_TOKENIZER_TRIES = 3
 _DRAIN_TIMEOUT_S = 90.0
 
 
@@ -156,8 +157,7 @@ class TritonPythonModel:
         if parsed.input_ids is not None:
             prompt_ids, prompt_text = parsed.input_ids, parsed.prompt_text
         else:
-            response = triton_io.tokenizer_request(request, parsed).exec()
-            prompt_ids, prompt_text = triton_io.read_tokenizer_response(response)
+            prompt_ids, prompt_text = _tokenize(request, parsed)
         generation_request = triton_io.build_request(
             parsed,
             request_id=live.key,
@@ -168,8 +168,7 @@ class TritonPythonModel:
         )
         if parsed.options.return_full_text:
             if prompt_text is None:
-                response = triton_io.tokenizer_request(request, parsed).exec()
-                prompt_text = triton_io.read_tokenizer_response(response)[1]
+                prompt_text = _tokenize(request, parsed)[1]
             live.prompt_prefix = prompt_text
         if generation_request.deadline_s is not None and generation_request.deadline_s <= time.monotonic():
             raise DeadlineExceeded(f"not started within {timeout_s:.3g} seconds")
@@ -242,6 +241,16 @@ class TritonPythonModel:
             self._engine.cancel(live.key)
         else:
             self._fail(live, Cancelled("ended before it was queued"))
+
+
+def _tokenize(request: Any, parsed: triton_io.ParsedRequest) -> tuple[list[int], str]:
+    """Ids and text of the prompt. Until a dead instance of the tokenizer is replaced, Triton gives it requests all the
+    same, and answers after a second that it is not healthy: then another instance is asked."""
+    for _ in range(_NUM_TOKENIZER_TRIES - 1):
+        response = triton_io.tokenizer_request(request, parsed).exec()
+        if not triton_io.is_from_dead_stub(response):
+            return triton_io.read_tokenizer_response(response)
+    return triton_io.read_tokenizer_response(triton_io.tokenizer_request(request, parsed).exec())
 
 
 def _is_cancel(request: Any) -> bool:

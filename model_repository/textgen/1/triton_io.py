@@ -6,6 +6,7 @@ With model.py the only file that imports `triton_python_backend_utils`. Function
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,6 +44,7 @@ _FLAGS = (
 )  # fmt: skip
 
 # Request parameters that belong to Triton or its clients and say nothing about generation.
+_DEAD_STUB = re.compile(r"Stub process '\w+' is not healthy")
 _FOREIGN_PARAMETERS = frozenset({"sequence_id", "sequence_start", "sequence_end", "binary_data_output"})
 # W3C's names of the trace that a request is part of. Triton makes parameters of the headers that it is told to forward.
 _TRACE_CONTEXT = ("traceparent", "tracestate")
@@ -234,6 +236,11 @@ def read_tokenizer_response(response: Any) -> tuple[list[int], str]:
     ids = pb_utils.get_output_tensor_by_name(response, "input_ids").as_numpy()
     text = pb_utils.get_output_tensor_by_name(response, "prompt_text").as_numpy()
     return ids.reshape(-1).tolist(), text.reshape(-1)[0].decode()
+
+
+def is_from_dead_stub(response: Any) -> bool:
+    """Whether Triton itself answered, for a process of the model that has died."""
+    return bool(response.has_error()) and _DEAD_STUB.search(response.error().message()) is not None
 
 
 def error_from_text(text: str) -> EngineError:

@@ -63,7 +63,7 @@ class Suspects:
 
 
 def _content(request: GenerationRequest) -> bytes:
-    """A digest of what the client asked, apart from what differs each time it asks: id, times, a seed it did not give."""
+    """A digest of what the client asked, without what differs each time it asks: id, times, a seed it did not give."""
     content = replace(
         request,
         request_id="",
