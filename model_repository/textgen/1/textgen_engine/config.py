@@ -132,6 +132,14 @@ OPTIONS: tuple[Option, ...] = (
         "with a waiting_served_ratio: steps after which a prompt starts all the same",
         minimum=0,
     ),
+    _own(
+        "max_step_stretch",
+        float,
+        1.8,
+        "while no more prompts wait than streams run: a step with prompts takes about this many times as long as "
+        "without, at most; 1: no limit",
+        minimum=1,
+    ),
     _tgi("max_batch_total_tokens", int, None, "size of the KV cache in tokens; default: from free memory", minimum=16),
     _tgi(
         "cuda_memory_fraction",
@@ -276,6 +284,7 @@ class SchedulerConfig:
     waiting_served_ratio: float = 0.0
     max_waiting_steps: int = 20
     priority_ageing_s: float = 10.0
+    max_step_stretch: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -442,6 +451,7 @@ def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, h
             waiting_served_ratio=values["waiting_served_ratio"],
             max_waiting_steps=values["max_waiting_tokens"],
             priority_ageing_s=values["priority_ageing_s"],
+            max_step_stretch=values["max_step_stretch"],
         ),
         limits=LimitsConfig(
             max_concurrent_requests=values["max_concurrent_requests"],

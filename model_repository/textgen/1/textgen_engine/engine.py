@@ -241,7 +241,9 @@ class Engine:
         if batch.entries:
             self._run_batch(batch, report)
         if batch.entries or report.outputs:
-            self._measure(batch, report, time.monotonic() - now_s)
+            step_s = time.monotonic() - now_s
+            self._scheduler.observe(batch, step_s)
+            self._measure(batch, report, step_s)
             self._emit(report)
         return bool(batch.entries)
 

@@ -3,8 +3,10 @@
 Owns the waiting and the running list and the token budget. Sees neither tensors nor tokenizers nor Triton.
 
 One step mixes decodes (one token each, always first, so that running streams never wait for a prompt) with chunks of
-prompts. Blocks are reserved for the tokens of the step only. When they run out, the least urgent sequence is preempted:
-it gives its blocks away and is computed again later, from its tokens.
+prompts. While no more prompts wait than streams run, the chunks are so small that a step takes little longer than
+without them (step_pace.py); a crowd of prompts gets the whole budget, since many would wait for the few. Blocks are
+reserved for the tokens of the step only. When they run out, the least urgent sequence is preempted: it gives its blocks
+away and is computed again later, from its tokens.
 
 Urgency is one number per request: arrival_s - priority * priority_ageing_s, smaller first. That is first come first
 served inside a priority, and a request that has waited `priority_ageing_s` longer equals one of the next priority, so
@@ -21,6 +23,7 @@ from dataclasses import dataclass, field
 from textgen_engine.block_manager import BlockManager
 from textgen_engine.config import SchedulerConfig
 from textgen_engine.sequence import Sequence, SequenceStatus
+from textgen_engine.step_pace import StepPace
 
 # A prompt is not cut into chunks smaller than this because another prompt waits beside it.
 _MIN_SHARED_CHUNK = 64
@@ -70,6 +73,7 @@ class Scheduler:
         self._free_slots = list(range(config.max_num_sequences - 1, -1, -1))
         self.num_preemptions = 0
         self._num_steps_without_start = 0
+        self._pace = StepPace(config.max_step_stretch) if config.max_step_stretch > 1 else None
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that holds nothing."""
@@ -113,6 +117,7 @@ class Scheduler:
             if budget > 0 and self._reserve_by_force(sequence, 1, batch):
                 self._append(batch, sequence, 1)
                 budget -= 1
+        budget = self._prompt_budget(budget, num_decodes=len(batch.entries))
         budget = self._schedule_prefills(batch, budget)
         if not batch.preempted and self._may_start_prompts():
             self._admit(batch, budget)
@@ -127,6 +132,13 @@ class Scheduler:
                 sequence.num_computed = entry.start + entry.num_tokens
                 self._blocks.register(sequence)
 
+    def observe(self, batch: ScheduledBatch, step_s: float) -> None:
+        """Learn from the time that a step took."""
+        if self._pace is not None and batch.entries:
+            num_decodes = sum(entry.num_tokens == 1 for entry in batch.entries)
+            num_tokens = batch.num_tokens - num_decodes
+            self._pace.observe(num_decodes, num_tokens, step_s)
+
     def check_integrity(self) -> None:
         """Assert that slots and blocks are all accounted for."""
         slots = [sequence.slot for sequence in self.running]
@@ -139,6 +151,16 @@ class Scheduler:
     def _urgency(self, sequence: Sequence) -> float:
         request = sequence.request
         return request.arrival_s - request.priority * self._config.priority_ageing_s
+
+    def _prompt_budget(self, budget: int, *, num_decodes: int) -> int:
+        """What of the step's budget prompts may use beside its decodes."""
+        if self._pace is None or not num_decodes:
+            return budget
+        num_prompts = len(self.waiting) + sum(not sequence.is_decoding for sequence in self.running)
+        if num_prompts > num_decodes:
+            return budget
+        limit = self._pace.prompt_tokens(num_decodes)
+        return budget if limit is None else min(budget, limit)
 
     def _schedule_prefills(self, batch: ScheduledBatch, budget: int) -> int:
         """Continue prompts that were begun; returns the budget that is left for new ones."""
