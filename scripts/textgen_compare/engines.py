@@ -154,7 +154,7 @@ class TextgenEngine(Engine):
                             now = time.perf_counter()
                             record.times += [now] * (chunk.num_output_tokens or 0)
                             if chunk.details:
-                                record.token_ids = [token["id"] for token in chunk.details["tokens"]]
+                                record.token_ids += [token["id"] for token in chunk.details["tokens"]]
 
                 return await _closed_loop(prompts, concurrency, ask)
 
