@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 import text_generation
+from triton_metric_names import FAMILIES
 
 from .running_gateway import Gateway
 
@@ -184,6 +185,8 @@ def test_50_metrics_count_requests(http: httpx.Client) -> None:
                 found, since_s = count(), time.monotonic()
         return found
 
+    page = http.get("/metrics").text
+    assert all(f"# TYPE {name} " in page for name in FAMILIES)
     before = settled()
     for _ in range(3):
         generate(http, max_new_tokens=1)

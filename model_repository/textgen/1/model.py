@@ -158,6 +158,8 @@ class TritonPythonModel:
             prompt_ids, prompt_text = parsed.input_ids, parsed.prompt_text
         else:
             prompt_ids, prompt_text = _tokenize(request, parsed)
+        if self._config.log_prompts:
+            live.logged_prompt, live.logged_texts = prompt_text, {}
         generation_request = triton_io.build_request(
             parsed,
             request_id=live.key,
@@ -177,6 +179,10 @@ class TritonPythonModel:
             raise Cancelled("ended before it was queued")
         if self._tracer is not None:
             self._tracer.note_submitted(live)
+        if generation_request.prompt_token_ids:  # a grammar check or an adapter command generates nothing
+            room = self._info.max_total_tokens - len(generation_request.prompt_token_ids)
+            wanted = generation_request.stopping.max_new_tokens
+            self._metrics.note_queued(room if wanted is None else wanted)
         self._engine.submit(generation_request)
         self._responder.note_submitted(live)
         if live.cancelled:  # between the check and the submission
@@ -218,7 +224,10 @@ class TritonPythonModel:
     def _on_report(self, report: StepReport) -> None:
         if self._tracer is not None:
             self._tracer.note_report(report)
-        for live in self._responder.deliver(report):
+        begun_s = time.monotonic()
+        completed = self._responder.deliver(report)
+        deliver_s = time.monotonic() - begun_s
+        for live in completed:
             if live.error is not None:
                 self._note_failure(live, live.error)
                 continue
@@ -230,10 +239,11 @@ class TritonPythonModel:
                 num_input=live.num_input_tokens,
                 num_output=sum(live.num_tokens.values()),
                 validation_s=live.validation_s,
+                adapter_id=live.adapter_id,
             )
         # Last, so that gauges never show a request as gone that is not yet answered and counted.
         if report.metrics is not None:
-            self._metrics.note_step(report.metrics)
+            self._metrics.note_step(report.metrics, deliver_s)
 
     def _on_client_gone(self, live: LiveRequest) -> None:
         live.cancelled = True

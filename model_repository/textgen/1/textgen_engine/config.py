@@ -221,6 +221,12 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _tgi("log_level", str, "info", "what is logged", choices=("debug", "info", "warning", "error")),
     _tgi("json_output", bool, False, "log lines as JSON objects"),
+    _own(
+        "log_prompts",
+        bool,
+        False,
+        "the line of a request holds its prompt and its text: for debugging, never by default",
+    ),
     # Traces.
     _tgi("otlp_endpoint", str, None, "URL of the OpenTelemetry collector that gets a trace of each request"),
     _tgi("otlp_service_name", str, "text-generation-inference.router", "service.name of the traces"),
@@ -395,6 +401,7 @@ class EngineConfig:
     lora: LoraConfig = LoraConfig()
     log_level: str = "info"
     json_output: bool = False
+    log_prompts: bool = False
 
 
 def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, has_gpu: bool = False) -> EngineConfig:
@@ -497,6 +504,7 @@ def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, h
         lora=_read_lora(values),
         log_level=values["log_level"],
         json_output=values["json_output"],
+        log_prompts=values["log_prompts"],
     )
 
 

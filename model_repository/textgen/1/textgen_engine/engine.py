@@ -98,13 +98,14 @@ class _LiveRequest:
 
 @dataclass(slots=True)
 class _Launched:
-    """A step whose work is on the device: what `_collect` needs to read it back."""
+    """A step whose work is on the device since launched_s: what `_collect` needs to read it back."""
 
     batch: ScheduledBatch
     sequences: list[Sequence]
     tokens: SampledTokens | None
     errors: dict[Sequence, EngineError]
     scored: list[tuple[ScheduledSequence, PromptLogprobs]]
+    launched_s: float
 
 
 class Engine:
@@ -223,7 +224,7 @@ class Engine:
     def step(self) -> bool:
         """One turn of the loop; False when there was nothing to run."""
         now_s = time.monotonic()
-        report = StepReport(metrics=StepMetrics())
+        report = StepReport(metrics=StepMetrics(), time_s=now_s)
         self._adapters.free_unused(live.adapter for live in self._live.values())
         self._take_arrivals(report)
         self._take_cancellations(report)
@@ -268,6 +269,8 @@ class Engine:
         # Out of the except clause, so that the traceback no longer keeps the failed step's tensors alive.
         self._runner.release_unused_memory()
         if not can_repeat:
+            assert report.metrics is not None
+            report.metrics.has_failed = True
             failure = EngineFailure(f"the engine could not run a step ({reason})")
             for request_id in {entry.sequence.request.request_id for entry in batch.entries}:
                 self._fail(request_id, failure, report)
@@ -289,6 +292,7 @@ class Engine:
     def _launch(self, batch: ScheduledBatch) -> _Launched:
         """Put the step on the device: forward pass, then sampling. Reads nothing back."""
         inputs = build_inputs(batch, self._runner.cache, self._runner.device)
+        launched_s = time.monotonic()
         masks = self._constraints.start_masks([entry.sequence for entry in inputs.sampled])
         try:
             logits = self._runner.forward(inputs, batch.copies)
@@ -310,7 +314,7 @@ class Engine:
                 [sequence.num_output_tokens for sequence in sequences],
                 None if masks is None else masks.rows([inputs.sampled[row].sequence for row in rows], logits.device),
             )
-        return _Launched(batch, sequences, tokens, errors, self._score_prompts(inputs, logits))
+        return _Launched(batch, sequences, tokens, errors, self._score_prompts(inputs, logits), launched_s)
 
     def _rows_to_sample(
         self, entries: list[ScheduledSequence], errors: dict[Sequence, EngineError]
@@ -368,12 +372,17 @@ class Engine:
 
     def _collect(self, launched: _Launched, report: StepReport) -> None:
         """Read the step back: append tokens, check stops, free what ended, say what is new."""
+        metrics = report.metrics
+        assert metrics is not None
         for entry, scores in launched.scored:
             self._note_prompt_scores(entry, scores)
+        if not metrics.forward_s:  # not a later half of a step that failed as a whole
+            metrics.prepare_s = launched.launched_s - report.time_s
+        token_ids = [] if launched.tokens is None else launched.tokens.token_ids.tolist()
+        report.time_s = now_s = time.monotonic()
+        metrics.forward_s += now_s - launched.launched_s
         if launched.tokens is None:
             return
-        token_ids = launched.tokens.token_ids.tolist()
-        report.time_s = now_s = time.monotonic()
         exhausted = None if launched.tokens.exhausted is None else launched.tokens.exhausted.tolist()
         reader = _ScoreReader(launched.tokens)
         for row, (sequence, token_id) in enumerate(zip(launched.sequences, token_ids, strict=True)):
@@ -401,6 +410,7 @@ class Engine:
             if sequence.choice == 0 and sequence.num_output_tokens == 1 and live.request.output.prompt_logprobs:
                 output.prompt_details = self._prompt_details(live)
             self._deliver(live, choice, output, report)
+        metrics.decode_s += time.monotonic() - now_s
 
     def _append_token(self, choice: _Choice, output: TokenOutput, token_id: int, *, is_complete: bool) -> None:
         """Append one token to its choice; the output gets its text, and a finish reason when it was the last.
@@ -718,21 +728,32 @@ class Engine:
             report.metrics.inter_token_s.append(now_s - choice.last_token_s)
         choice.last_token_s = now_s
         report.metrics.num_generated_tokens += num_tokens
+        if num_tokens > 1:
+            report.metrics.skipped_tokens.append(num_tokens - 1)
 
     def _measure(self, batch: ScheduledBatch, report: StepReport, step_s: float) -> None:
         metrics = report.metrics
         assert metrics is not None
         metrics.batch_size = len(batch.entries)
-        metrics.num_prefill_tokens = sum(entry.num_tokens for entry in batch.entries if entry.num_tokens > 1)
+        prefills = [entry.num_tokens for entry in batch.entries if entry.start < entry.sequence.num_prompt_tokens]
+        metrics.is_prefill = bool(prefills)
+        metrics.num_prefill_tokens = sum(prefills)
         metrics.num_preemptions = self._scheduler.num_preemptions - self._num_preemptions
         self._num_preemptions = self._scheduler.num_preemptions
         metrics.num_forced_tokens = self._constraints.num_forced_tokens - self._num_forced_tokens
         self._num_forced_tokens = self._constraints.num_forced_tokens
+        metrics.num_started = batch.num_started
+        metrics.joined_because = batch.joined_because
         metrics.step_s = step_s
-        num_running = sum(1 for live in self._live.values() if live.started)
+        num_running, max_tokens = 0, 0
+        for live in self._live.values():
+            if live.started:
+                num_running += 1
+                max_tokens += len(live.request.prompt_token_ids) + live.max_new_tokens * live.num_choices
         metrics.gauges = EngineGauges(
             num_running=num_running,
             num_waiting=len(self._live) - num_running,
+            max_tokens=max_tokens,
             kv_cache_usage=self._blocks.usage,
         )
 
