@@ -33,6 +33,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 from monitoring import ROOT, Panel, Prometheus, Series, panels, plain, prometheus
+from PIL import Image
 
 from textgen_client import Client, TextgenError
 
@@ -145,7 +146,10 @@ def _draw(running: Prometheus, start_s: float, end_s: float, output: Path) -> No
         _draw_panel(axis, panel, lambda text: running.query_range(plain(text, _WINDOW), start_s, end_s, 2), start_s)
     for axis in list(axes.flat)[len(shown) :]:
         axis.set_visible(False)
+    figure.supxlabel("minutes", fontsize=8)
     figure.savefig(output, dpi=70)
+    with Image.open(output) as picture:
+        picture.convert("RGB").quantize(64).save(output, optimize=True)
 
 
 def _draw_panel(axis: Any, panel: Panel, ask: Callable[[str], list[Series]], start_s: float) -> None:

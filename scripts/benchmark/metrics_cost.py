@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT / "model_repository" / "textgen" / "1")]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "model_repository" / "textgen" / "1")]
 
-from decode_step import make_engine, timed_step  # noqa: E402
+from benchmark.decode_step import make_engine, timed_step  # noqa: E402
 
 from textgen_engine.engine import Engine  # noqa: E402
 from textgen_engine.messages import StepReport  # noqa: E402
