@@ -143,7 +143,13 @@ def _draw(running: Prometheus, start_s: float, end_s: float, output: Path) -> No
     rows = -(-len(shown) // _COLUMNS)
     figure, axes = plt.subplots(rows, _COLUMNS, figsize=(13, 2.3 * rows), layout="constrained")
     for axis, panel in zip(axes.flat, shown, strict=False):
-        _draw_panel(axis, panel, lambda text: running.query_range(plain(text, _WINDOW), start_s, end_s, 2), start_s)
+        _draw_panel(
+            axis,
+            panel,
+            lambda text: running.query_range(plain(text, _WINDOW), start_s, end_s, 2),
+            start_s,
+            (end_s - start_s) / 60,
+        )
     for axis in list(axes.flat)[len(shown) :]:
         axis.set_visible(False)
     figure.supxlabel("minutes", fontsize=8)
@@ -152,7 +158,9 @@ def _draw(running: Prometheus, start_s: float, end_s: float, output: Path) -> No
         picture.convert("RGB").quantize(64).save(output, optimize=True)
 
 
-def _draw_panel(axis: Any, panel: Panel, ask: Callable[[str], list[Series]], start_s: float) -> None:
+def _draw_panel(
+    axis: Any, panel: Panel, ask: Callable[[str], list[Series]], start_s: float, minutes_shown: float
+) -> None:
     axis.set_title(panel.title, fontsize=10, loc="left")
     for expression, legend in panel.queries:
         found = ask(expression)
@@ -162,6 +170,7 @@ def _draw_panel(axis: Any, panel: Panel, ask: Callable[[str], list[Series]], sta
             minutes = [(when - start_s) / 60 for when, _ in series.points]
             values = [value for _, value in series.points]
             axis.plot(minutes, values, linewidth=1.3, label=_label(legend, series.labels) or None)
+    axis.set_xlim(0, minutes_shown)
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _with_unit(value, panel.unit)))
     axis.tick_params(labelsize=7)

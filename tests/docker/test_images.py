@@ -79,7 +79,8 @@ def test_the_documentation_names_options_and_metrics_that_exist() -> None:
     operations = (ROOT / "docs" / "operations.md").read_text()
     names = set(re.findall(r"`(tgi_\w+)`", operations))
     assert names <= set(FAMILIES)
-    known = {option.env for option in OPTIONS} | {"GRACEFUL_TERMINATION_TIMEOUT", "OTEL_EXPORTER_OTLP_HEADERS"}
+    launcher = set(re.findall(r'envvar="(\w+)"', (ROOT / "scripts" / "serve.py").read_text()))
+    known = {option.env for option in OPTIONS} | launcher | {"OTEL_EXPORTER_OTLP_HEADERS"}
     asked = set(re.findall(r"`([A-Z][A-Z_]{5,})(?:=\w+)?`", operations)) - {"OTEL_RESOURCE_ATTRIBUTES", "_CERTIFICATE"}
     assert asked <= known
 

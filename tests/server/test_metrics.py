@@ -109,6 +109,7 @@ def test_50_known_traffic_is_counted_exactly(server: RunningServer, wire: Wire) 
     next(call)
     assert wire.ask(input_ids=[8] * 20, sampling_parameters={"max_new_tokens": 2}).errors == []
     call.cancel()
+    wait_until_idle(server)
     # A text of which the grammar forces all but, perhaps, the first token.
     grammar = {"type": "choice", "value": [f"The quick brown fox jumps over the lazy dog {threading.get_ident()}."]}
     sampling = {"grammar": grammar, "max_new_tokens": 50}
@@ -134,7 +135,6 @@ def test_50_known_traffic_is_counted_exactly(server: RunningServer, wire: Wire) 
         "tgi_batch_next_size_sum": 12,
         "tgi_batch_concat chunking": 1,
         "tgi_batch_concat_duration_count decode": 1,
-        "tgi_batch_inference_count prefill": 12,
     }
     answered = (
         "tgi_request_duration", "tgi_request_inference_duration", "tgi_request_validation_duration",
@@ -146,11 +146,14 @@ def test_50_known_traffic_is_counted_exactly(server: RunningServer, wire: Wire) 
         return {name: value - before[name] for name, value in sums(server).items()}
 
     wait_until_idle(server)
-    wait_until(is_quiet, "published")
+    wait_until(lambda: all(gained()[name] >= value for name, value in expected.items()), "published")
+    wait_until(is_quiet, "no more")
     now = gained()
     assert {name: now[name] for name in expected} == expected
     # How many tokens the cancelled stream had is known only from the sum of all; what hangs on it, relatively.
     steps = {method: now[f"tgi_batch_inference_count {method}"] for method in ("prefill", "decode")}
+    # The prompt that joins a running stream may be computed in chunks.
+    assert steps["prefill"] >= 12
     for method, num in steps.items():
         assert now[f"tgi_batch_inference_success {method}"] == num
         for name in ("inference", "forward", "decode", "filter"):
