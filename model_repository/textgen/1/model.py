@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,10 @@ class TritonPythonModel:
             limit = self._config.limits.max_concurrent_requests
             if self._finalizing:
                 self._answer_at_once(live, NotReady("the server is stopping"))
-            elif self._responder.num_live >= limit and not _is_cancel(request):
+            elif _is(triton_io.is_info_request, request):
+                # Nothing of it is counted, and a full server answers it: it is no request to generate.
+                triton_io.send(live.sender, triton_io.info_response(self._config, self._info), final=True)
+            elif self._responder.num_live >= limit and not _is(triton_io.is_cancel_request, request):
                 self._metrics.count("tgi_request_count")
                 self._trace(live, request)
                 error = Overloaded(f"{limit} requests are live (max_concurrent_requests)")
@@ -124,7 +128,7 @@ class TritonPythonModel:
 
     def _admit(self, live: LiveRequest, request: Any) -> None:
         try:
-            if _is_cancel(request):
+            if _is(triton_io.is_cancel_request, request):
                 self._cancel_by_id(live)
                 return
             self._metrics.count("tgi_request_count")
@@ -263,9 +267,10 @@ def _tokenize(request: Any, parsed: triton_io.ParsedRequest) -> tuple[list[int],
     return triton_io.read_tokenizer_response(triton_io.tokenizer_request(request, parsed).exec())
 
 
-def _is_cancel(request: Any) -> bool:
+def _is(kind: Callable[[Any], bool], request: Any) -> bool:
+    """Whether a request is of a kind; one that is malformed is of none, and refused where it is parsed."""
     try:
-        return triton_io.is_cancel_request(request)
+        return kind(request)
     except EngineError:
         return False
 
