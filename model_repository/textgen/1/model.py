@@ -40,6 +40,7 @@ from textgen_engine.errors import (
     NotReady,
     Overloaded,
 )
+from textgen_engine.host_devices import visible_gpus
 from textgen_engine.logs import configure_logging
 from textgen_engine.messages import StepReport
 from textgen_engine.parameters import ParameterLimits
@@ -278,9 +279,5 @@ def _is(kind: Callable[[Any], bool], request: Any) -> bool:
 def _read_config(args: dict[str, str]) -> EngineConfig:
     model_config = json.loads(args["model_config"])
     parameters = {name: value["string_value"] for name, value in model_config.get("parameters", {}).items()}
-    return build_config(parameters, os.environ, has_gpu=_has_gpu())
-
-
-def _has_gpu() -> bool:
-    # Without importing torch: the driver's device nodes are there, and not hidden from this process.
-    return Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
+    num_gpus = visible_gpus()
+    return build_config(parameters, os.environ, has_gpu=num_gpus > 0, num_gpus=num_gpus or None)

@@ -19,13 +19,9 @@ import torch
 from textgen_engine.adapters.layers import AdapterLayers
 from textgen_engine.adapters.registry import AdapterRegistry
 from textgen_engine.adapters.spec import AdapterHandle
-from textgen_engine.attention.base import AttentionBackend
-from textgen_engine.attention.compiled import CompiledBackend
-from textgen_engine.attention.invariant import InvariantBackend
-from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.batch import BatchInputs, build_inputs
 from textgen_engine.block_manager import BlockManager
-from textgen_engine.config import EngineConfig, ModelConfig
+from textgen_engine.config import EngineConfig
 from textgen_engine.constraints import Accepted, Constraints, as_engine_error
 from textgen_engine.detokenizer import Detokenizer, TextStream
 from textgen_engine.errors import (
@@ -37,16 +33,18 @@ from textgen_engine.errors import (
     GrammarError,
     InvalidParameter,
     PromptTooLong,
+    RankFailure,
     Unsupported,
 )
 from textgen_engine.grammar import CompiledGrammar, GrammarCompiler, grammar_limits
 from textgen_engine.grammar.check import GrammarVerdict
-from textgen_engine.kernels.cpu import CpuKernels, load_kernels
 from textgen_engine.kv_cache import KVCache
 from textgen_engine.messages import EngineInfo, StepReport
 from textgen_engine.metrics import EngineGauges, StepMetrics
-from textgen_engine.model_runner import ModelRunner, num_cache_blocks
-from textgen_engine.models.loader import LoadedModel, load_model
+from textgen_engine.model_runner import ModelRunner, num_cache_blocks, rank_memory
+from textgen_engine.models.loader import LoadedModel
+from textgen_engine.parallel.launch import Ranks
+from textgen_engine.parallel.worker import ReportMemory, prepare
 from textgen_engine.request import FinishReason, GenerationRequest, Timings, TokenDetail, TokenOutput
 from textgen_engine.sampling.sampler import PromptLogprobs, SampledTokens, Sampler, prompt_logprobs
 from textgen_engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
@@ -111,16 +109,22 @@ class _Launched:
 class Engine:
     """Owns every room of the engine. `emit` is called from the loop's thread, at most twice per step."""
 
-    def __init__(self, config: EngineConfig, emit: Callable[[StepReport], None]) -> None:
-        """Load the model and allocate everything. Raises ModelLoadError or ConfigError."""
-        if config.model.num_threads is not None:
-            torch.set_num_threads(config.model.num_threads)
-        kernels = load_kernels(torch.get_num_threads()) if config.model.device == "cpu" else None
-        backend = _choose_backend(config.model, kernels)
-        loaded = load_model(config.model, backend, kernels, fused=not config.lora.is_enabled)
+    def __init__(self, config: EngineConfig, emit: Callable[[StepReport], None], ranks: Ranks | None = None) -> None:
+        """Load the model and allocate everything; with `ranks`, as rank 0 of them. Raises ModelLoadError or
+        ConfigError, and RankFailure when a rank is lost meanwhile."""
+        self._ranks = ranks
+        fused = not config.lora.is_enabled
+        if ranks is None:
+            loaded, backend = prepare(config.model, None, fused=fused)
+        else:
+            loaded, backend = prepare(ranks.model, ranks.shard, fused=fused)
         layers = AdapterLayers(loaded.model, loaded.dtype, loaded.device) if config.lora.is_enabled else None
         self._adapters = AdapterRegistry(config.lora, layers, self._notify)
         self._reported_adapters = self._adapters.specs
+        collectives = None
+        if ranks is not None:
+            collectives = ranks.join()
+            loaded.connect(collectives)
         num_slots = config.scheduler.max_num_sequences
         longest = config.limits.max_total_tokens or loaded.max_positions
         self._sampler = Sampler(
@@ -133,10 +137,23 @@ class Engine:
         num_blocks = config.cache.num_blocks
         if num_blocks is None:
             step_bytes = measure_largest_step(
-                loaded, backend, self._sampler, config.cache, config.scheduler, config.limits.max_top_n_tokens
+                loaded,
+                backend,
+                self._sampler,
+                config.cache,
+                config.scheduler,
+                config.limits.max_top_n_tokens,
+                collectives,
             )
+            memory = [rank_memory(config.cache, loaded, step_bytes)]
+            if collectives is not None:
+                collectives.send(ReportMemory(config.cache, step_bytes))
+                memory = collectives.collect(memory[0])
             num_blocks = num_cache_blocks(
-                config.cache, loaded, max_useful_tokens=longest * num_slots, step_bytes=step_bytes
+                config.cache,
+                memory,
+                is_cpu=loaded.device.type == "cpu",
+                max_useful_tokens=longest * num_slots,
             )
             logger.info("the largest step takes %.0f MiB; %d KV blocks", step_bytes / 2**20, num_blocks)
         self.info = _derive_info(config, loaded, num_blocks)
@@ -149,7 +166,8 @@ class Engine:
         )
         self._blocks = BlockManager(num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching)
         self._scheduler = Scheduler(config.scheduler, self._blocks)
-        self._runner = ModelRunner(loaded, backend, cache, layers)
+        self._runner = ModelRunner(loaded, backend, cache, layers, collectives)
+        assert loaded.tokenizer is not None
         self._tokenizer = loaded.tokenizer
         self._detokenizer = Detokenizer(loaded.tokenizer)
         self._constraints = Constraints(
@@ -220,6 +238,8 @@ class Engine:
                         self._wake.wait(timeout=_MASK_POLL_S if self._any_held else _NOTHING_TO_RUN_S)
         self._constraints.close()
         self._adapters.close()
+        if self._ranks is not None:
+            self._ranks.close()
 
     def step(self) -> bool:
         """One turn of the loop; False when there was nothing to run."""
@@ -255,8 +275,8 @@ class Engine:
         try:
             self._collect(self._launch(batch), report)
             return
-        except torch.AcceleratorError:
-            raise  # the device is lost to this process: no later step can succeed, so the process has to end
+        except (torch.AcceleratorError, RankFailure):
+            raise  # the device or a rank is lost: no later step can succeed, so the process has to end
         except Exception as error:  # the one broad catch: the requests fail, the engine goes on
             reason = type(error).__name__
             # Copied blocks may have been written over since, and what has advanced cannot be run again.
@@ -799,12 +819,6 @@ def _ranked_outputs(choices: list[_Choice]) -> list[TokenOutput]:
         assert choice.held is not None
         outputs.append(replace(choice.held, choice=rank))
     return outputs
-
-
-def _choose_backend(config: ModelConfig, kernels: CpuKernels | None) -> AttentionBackend:
-    if config.batch_invariant:
-        return InvariantBackend()
-    return SdpaBackend() if kernels is None else CompiledBackend(kernels)
 
 
 def _derive_info(config: EngineConfig, loaded: LoadedModel, num_blocks: int) -> EngineInfo:

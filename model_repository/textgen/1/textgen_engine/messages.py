@@ -36,3 +36,10 @@ class StepReport:
     metrics: StepMetrics | None = None
     time_s: float = 0.0
     adapters: tuple[AdapterSpec, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEnd:
+    """The engine's last words: why its process is about to end, to be read after "the engine "."""
+
+    reason: str
