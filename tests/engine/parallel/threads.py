@@ -33,7 +33,10 @@ class RankThreads(Ranks):
         self._parts = [prepare(config.model, Shard(rank, world_size)) for rank in range(1, world_size)]
         self._threads: list[threading.Thread] = []
         self.collectives: Collectives | None = None
+        self.others: list[Collectives] = []
         self.failures: list[RankFailure] = []
+        self._may_go_on = threading.Event()
+        self._may_go_on.set()
 
     @property
     def shard(self) -> Shard:
@@ -67,9 +70,32 @@ class RankThreads(Ranks):
             self.collectives = None
             assert not self.failures, self.failures
 
+    def pause(self) -> None:
+        """From now on the other ranks hang in their next sum."""
+        self._may_go_on.clear()
+
+    def abandon(self) -> None:
+        """After a loss: let the threads end, each with its own failure."""
+        assert self.collectives is not None
+        self._may_go_on.set()
+        self.collectives.close()
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        self.collectives = None
+
     def _run(self, rank: int) -> None:
         try:
-            serve(*self._parts[rank - 1], self._join(rank))
+            collectives = self._join(rank)
+            self.others.append(collectives)
+            all_reduce = collectives.all_reduce
+
+            def pausing_all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+                self._may_go_on.wait()
+                return all_reduce(tensor)
+
+            collectives.all_reduce = pausing_all_reduce  # type: ignore[method-assign]
+            serve(*self._parts[rank - 1], collectives)
         except RankFailure as failure:
             self.failures.append(failure)
 

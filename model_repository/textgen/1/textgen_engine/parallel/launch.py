@@ -246,6 +246,11 @@ class RankProcesses(Ranks):
     def model(self) -> ModelConfig:
         return self._meetings[0].model
 
+    @property
+    def collectives(self) -> Collectives | None:
+        """Rank 0's end of the groups, once they are formed."""
+        return self._collectives
+
     def join(self) -> Collectives:
         deadline_s = time.monotonic() + self._join_timeout_s
         for meeting in self._meetings[1:]:

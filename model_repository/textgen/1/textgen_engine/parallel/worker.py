@@ -43,6 +43,14 @@ class ReportMemory:
     step_bytes: int
 
 
+@dataclass(frozen=True)
+class Echo:
+    """So many sums of so many float32 numbers, one after another: what a sum costs by itself."""
+
+    num_numbers: int
+    times: int
+
+
 def prepare(config: ModelConfig, shard: Shard | None, *, fused: bool = True) -> tuple[LoadedModel, AttentionBackend]:
     """Threads, kernels, attention and the model: the whole one, or one rank's part; for `fused` see load_model. Raises
     ModelLoadError."""
@@ -79,6 +87,9 @@ def serve(loaded: LoadedModel, backend: AttentionBackend, collectives: Collectiv
             runner = ModelRunner(loaded, backend, cache, ranks=collectives)
         elif isinstance(message, ReportMemory):
             collectives.collect(rank_memory(message.cache, loaded, message.step_bytes))
+        elif isinstance(message, Echo):
+            for _ in range(message.times):
+                collectives.all_reduce(torch.zeros(message.num_numbers))
         else:
             assert isinstance(message, Stop)
             return
