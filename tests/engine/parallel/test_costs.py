@@ -67,6 +67,7 @@ def test_a_step_sends_what_theory_says(llama: Path, world_size: int) -> None:
     config = make_config(llama)
     ranks = RankThreads(config, world_size)
     harness = Harness(config, ranks)
+    harness.run_alone(make_request("first", range(40, 50), 2))  # after which every rank has read what came before
     harness.submit(*(make_request(f"r{index}", range(10, 30), 8, ignore_eos_token=True) for index in range(3)))
     assert ranks.collectives is not None
     hidden, num_layers, width = 64, 3, -(-VOCAB_SIZE // world_size)
@@ -114,7 +115,6 @@ def test_ranks_hold_everything_once() -> None:
 
 
 def test_a_model_nobody_can_split_is_refused(tmp_path: Path) -> None:
-    for family, reason in (("bloom", "nor this server knows"), ("mamba", "cannot be split|no attention")):
-        folder = save_checkpoint(tmp_path / family, family)
-        with pytest.raises(ModelLoadError, match=rf"^{family} of .* cannot be split over 2 ranks: .*({reason})"):
-            prepare(ModelConfig(str(folder), num_threads=1), Shard(0, 2))
+    folder = save_checkpoint(tmp_path / "mamba", "mamba")
+    with pytest.raises(ModelLoadError, match=r"^mamba of .* cannot be split over 2 ranks: neither transformers nor"):
+        prepare(ModelConfig(str(folder), num_threads=1), Shard(0, 2))

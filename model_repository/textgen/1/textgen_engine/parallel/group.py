@@ -153,14 +153,15 @@ class Collectives:
             group.abort()
 
     def _broadcast(self, tensor: torch.Tensor) -> None:
-        self.traffic.num_broadcasts += 1
-        self.traffic.broadcast_bytes += tensor.nbytes
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         try:
             self._control.broadcast([tensor], options).wait()
         except RuntimeError as error:
             raise self._failure(error) from error
+        # Only now: whoever waits for rank 0 has got nothing yet.
+        self.traffic.num_broadcasts += 1
+        self.traffic.broadcast_bytes += tensor.nbytes
 
     def _failure(self, error: RuntimeError) -> RankFailure:
         return RankFailure(f"another rank of {self.world_size} is gone or does not answer ({_first_line(error)})")
