@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Walk a set of schemas, regexes and grammars through the engine's own mask path and count what goes wrong.
 
-    grammar_conformance.py --data FOLDER --tokenizer FOLDER --backend llguidance [--budget-s 300] --out results.json
+    grammar_conformance.py --data FOLDER --tokenizer FOLDER --backend llguidance --out results.json [--resume]
     grammar_conformance.py --report results.json [results2.json ...] --markdown docs/grammar_conformance.md \\
         --json docs/grammar_conformance.json
 
 FOLDER holds schemas.jsonl, regexes.jsonl, grammars.jsonl: one case a line with texts it must accept and refuse. Each
 text is tokenized; every token must be allowed by the mask, then is fed; at the end the text must be allowed to stop.
 Each case runs in a worker process that is killed when it overruns, so a crash or hang is counted, not suffered.
+
+A slow backend is run in pieces: --budget-s ends a run between two cases, --resume goes on with what results.json lacks,
+--case-s bounds the walks of one case (what was walked until then counts, and the case counts as cut).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import os
 import re
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,6 +33,7 @@ from typing import Any
 ENGINE = Path(__file__).resolve().parents[2] / "model_repository" / "textgen" / "1"
 MAX_TEXT_TOKENS = 600
 CASE_LIMIT_S = 60.0
+OUT_OF_TIME = "the case's time is over"
 
 Json = dict[str, Any]
 
@@ -75,7 +80,7 @@ def request_form(case: Json) -> Json:
     return {"type": kind, "value": value}
 
 
-def worker(pipe: Connection, backend_name: str, tokenizer_path: str, rewrite: bool) -> None:
+def worker(pipe: Connection, backend_name: str, tokenizer_path: str, rewrite: bool, order: str, case_s: float) -> None:
     """Answer cases until the pipe closes: ("compiled", ...) then ("walked", ...)."""
     sys.path.insert(0, str(ENGINE))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -105,7 +110,7 @@ def worker(pipe: Connection, backend_name: str, tokenizer_path: str, rewrite: bo
             return
         start = time.perf_counter()
         try:
-            spec = parse_grammar(request_form(case), limits=limits, backend=backend_name)
+            spec = parse_grammar(request_form(case), limits=limits, backend=backend_name, property_order=order)
             assert spec is not None
             compiled = backend.compile(spec)
             matcher = compiled.matcher()
@@ -120,12 +125,18 @@ def worker(pipe: Connection, backend_name: str, tokenizer_path: str, rewrite: bo
         pipe.send({"first_mask_ms": (time.perf_counter() - start) * 1e3, "warnings": list(compiled.warnings)})
         mask_us: list[float] = []
         walks = []
+        is_cut = False
+        deadline = time.perf_counter() + case_s
         for text, must_accept in texts_of(case):
             token_ids = encode(text)
             if len(token_ids) > MAX_TEXT_TOKENS:
                 continue
             matcher = compiled.matcher()
-            num_taken, failure = walk(matcher, token_ids, row, mask_us)
+            num_taken, failure = walk(matcher, token_ids, row, mask_us, deadline)
+            if failure == OUT_OF_TIME:
+                is_cut = True
+                matcher.close()
+                break
             accepted = num_taken == len(token_ids) and matcher.can_stop()
             failure = failure or matcher.error()
             matcher.close()
@@ -136,13 +147,15 @@ def worker(pipe: Connection, backend_name: str, tokenizer_path: str, rewrite: bo
                 only_order = accepts_in_some_order(matcher, encode, json.loads(text), mention_order(case["schema"]))
                 matcher.close()
             walks.append((must_accept, accepted, None if accepted == must_accept else place, failure, only_order))
-        pipe.send({"mask_us": mask_us, "walks": walks})
+        pipe.send({"mask_us": mask_us, "walks": walks, "cut": is_cut})
 
 
-def walk(matcher: Any, token_ids: list[int], row: Any, mask_us: list[float]) -> tuple[int, str | None]:
+def walk(matcher: Any, token_ids: list[int], row: Any, mask_us: list[float], deadline: float) -> tuple[int, str | None]:
     """Feed tokens while the masks allow them: how many, and what went wrong. Appends each mask's microseconds."""
     for num_taken, token_id in enumerate(token_ids):
         begin = time.perf_counter_ns()
+        if begin > deadline * 1e9:
+            return num_taken, OUT_OF_TIME
         matcher.fill(row)
         mask_us.append((time.perf_counter_ns() - begin) / 1e3)
         if not (int(row[token_id >> 5]) >> (token_id & 31)) & 1:
@@ -210,10 +223,11 @@ def accepts_in_some_order(matcher: Any, encode: Any, value: Any, order: dict[str
 class WorkerProcess:
     """A worker that is killed when it does not answer in time."""
 
-    def __init__(self, backend: str, tokenizer: str, rewrite: bool) -> None:
+    def __init__(self, *how: Any) -> None:
+        """how: the arguments of `worker` behind its pipe."""
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=worker, args=(other, backend, tokenizer, rewrite))
+        self._process = context.Process(target=worker, args=(other, *how))
         self._process.start()
         other.close()
         assert self.receive(300.0) == "ready", "the backend cannot be loaded"
@@ -237,41 +251,64 @@ class WorkerProcess:
         self._process.join()
 
 
-def run(data: Path, tokenizer: str, backend: str, rewrite: bool, budget_s: float | None, only: str | None) -> Json:
-    cases = load_cases(data)
-    cases.sort(key=lambda case: hashlib.sha256(case["id"].encode()).hexdigest())  # a budget cuts a fair sample
-    if only:
-        cases = [case for case in cases if re.search(only, case["id"])]
-    results: list[Json] = []
-    process: WorkerProcess | None = None
-    start = time.monotonic()
-    for case in cases:
-        if budget_s is not None and time.monotonic() - start > budget_s:
-            break
-        process = process or WorkerProcess(backend, tokenizer, rewrite)
+@dataclass(frozen=True)
+class Run:
+    """What is asked of one backend. order: of properties, `any` or `schema`. Times in seconds."""
+
+    backend: str
+    tokenizer: str
+    rewrite: bool
+    order: str
+    case_s: float
+    budget_s: float | None
+    only: str | None
+
+    def over(self, data: Path, before: Json | None) -> Json:
+        """All cases but those that `before` has; its results come first."""
+        cases = load_cases(data)
+        cases.sort(key=lambda case: hashlib.sha256(case["id"].encode()).hexdigest())  # a budget cuts a fair sample
+        if self.only:
+            cases = [case for case in cases if re.search(self.only, case["id"])]
+        results: list[Json] = list(before["results"]) if before else []
+        done = {result["id"] for result in results}
+        process: WorkerProcess | None = None
+        start = time.monotonic()
+        for case in cases:
+            if case["id"] in done:
+                continue
+            if self.budget_s is not None and time.monotonic() - start > self.budget_s:
+                break
+            process = process or WorkerProcess(self.backend, self.tokenizer, self.rewrite, self.order, self.case_s)
+            result, is_alive = self._one(process, case)
+            if not is_alive:
+                process.stop(kill=True)
+                process = None
+            results.append(result)
+        if process is not None:
+            process.stop()
+        return {
+            "backend": self.backend,
+            "rewriting": self.rewrite,
+            "order": self.order,
+            "seconds": round(time.monotonic() - start + (before["seconds"] if before else 0), 1),
+            "cases_left": len(cases) - len(results),
+            "results": results,
+        }
+
+    def _one(self, process: WorkerProcess, case: Json) -> tuple[Json, bool]:
+        """The result of one case; False where the worker is dead or hangs."""
         process.send(case)
         result: Json = {key: case.get(key) for key in ("id", "kind", "source", "dataset", "keyword", "expect")}
         answer = process.receive(CASE_LIMIT_S)
         if isinstance(answer, dict):
             result.update(answer)
         if isinstance(answer, dict) and "first_mask_ms" in answer:
-            answer = process.receive(CASE_LIMIT_S)
+            answer = process.receive(CASE_LIMIT_S + self.case_s)
             if isinstance(answer, dict):
                 result.update(answer)
         if isinstance(answer, str):
             result[answer] = True
-            process.stop(kill=True)
-            process = None
-        results.append(result)
-    if process is not None:
-        process.stop()
-    return {
-        "backend": backend,
-        "rewriting": rewrite,
-        "seconds": round(time.monotonic() - start, 1),
-        "cases_left": len(cases) - len(results),
-        "results": results,
-    }
+        return result, isinstance(answer, dict)
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -304,6 +341,7 @@ def summarise(results: list[Json]) -> Json:
         "false_accept": sum(got and not accept for accept, got, *_ in walks),
         "crash": sum("crash" in r for r in results),
         "hang": sum("hang" in r for r in results),
+        "cut": sum(bool(r.get("cut")) for r in results),
         "run_time_errors": sum(_failed(r) for r in results),
         "malformed_accepted": sum("first_mask_ms" in r for r in must_fail),
         "first_mask_ms": [round(quantile(first, q), 1) for q in (0.5, 0.9, 0.99, 1.0)],
@@ -321,7 +359,7 @@ def summary_of(paths: list[Path]) -> Json:
         for result in one["results"]:
             groups[_set_of(result)].append(result)
             groups[_dataset_of(result)].append(result)
-        name = f"{one['backend']}, rewriting {'on' if one['rewriting'] else 'off'}"
+        name = f"{one['backend']}, {_way(one)}"
         summary[name] = {
             "seconds": one["seconds"],
             "cases_left": one["cases_left"],
@@ -330,14 +368,21 @@ def summary_of(paths: list[Path]) -> Json:
     return summary
 
 
+def _way(one: Json) -> str:
+    """How the schemas of a run were treated."""
+    if not one["rewriting"]:
+        return "as they are"
+    return "rewritten" if one["order"] == "any" else "rewritten, schema order"
+
+
 def _failed(result: Json) -> bool:
     return any(failure for _, _, _, failure, _ in result.get("walks", []))
 
 
 COLUMNS = (
-    "| Set | Backend | Rewriting | Cases | Compiled | Refused with a reason | All right "
+    "| Set | Backend | Schemas | Cases | Compiled | Refused with a reason | All right "
     "| False reject | of these only key order | False accept "
-    "| Crash | Hang | Run-time error | First mask ms p50/p90/p99/max | Mask us p50/p90/p99/max |"
+    "| Crash | Hang | Cut | Run-time error | First mask ms p50/p90/p99/max | Mask us p50/p90/p99/max |"
 )
 
 
@@ -351,12 +396,14 @@ def report(paths: list[Path]) -> str:
         "",
         "Made by `scripts/benchmark/grammar_conformance.py`. `jsts` is the JSON-Schema-Test-Suite, `maskbench` real",
         "schemas with instances, `handwritten` the project's regexes and grammars. False reject: a valid text that the",
-        "masks do not let through; false accept: an invalid text that they do. Rewriting off: the schema as the client",
-        "wrote it, cleaned; on: what the backend does not take is rebuilt from its set of values. First mask: parsing,",
-        "cleaning, rewriting and compiling included. Times on a busy machine with one thread: read ratios.",
+        "masks do not let through; false accept: an invalid text that they do. As they are: the schema as the client",
+        "wrote it, cleaned; rewritten: what the backend does not take is rebuilt from its set of values, llguidance",
+        "makes properties in any order (`schema order`: with `grammar_property_order`). First mask: parsing, cleaning,",
+        "rewriting and compiling included. Times on a busy machine with one thread: read ratios.",
         "",
-        "Objects are made with their properties in the schema's order, so a valid text in another order is a false",
-        "reject by construction; the column says how many are of that kind (found by search, so at least that many).",
+        "Where properties come in the schema's order, a valid text in another order is a false reject by construction;",
+        "the column says how many are of that kind (found by search, so at least that many). Cut: the walks of the",
+        "case took longer than its time; what was walked until then counts.",
         "",
     ]
     for title, key in (
@@ -378,7 +425,7 @@ def report(paths: list[Path]) -> str:
     lines += ["## Refused, by reason", ""]
     for one in runs:
         reasons = collections.Counter(_reason(r["error"]) for r in one["results"] if "error" in r)
-        lines += [f"### {one['backend']}, rewriting {'on' if one['rewriting'] else 'off'}", ""]
+        lines += [f"### {one['backend']}, {_way(one)}", ""]
         lines += [f"- {count} x {reason}" for reason, count in reasons.most_common(40)]
         if one["cases_left"]:
             lines += [f"- ({one['cases_left']} cases not run: time budget)"]
@@ -388,11 +435,11 @@ def report(paths: list[Path]) -> str:
 
 def _table_row(name: str, one: Json, s: Json) -> str:
     return (
-        f"| {name} | {one['backend']} | {'on' if one['rewriting'] else 'off'} | {s['cases']} | {s['compiled']} "
+        f"| {name} | {one['backend']} | {_way(one)} | {s['cases']} | {s['compiled']} "
         f"| {s['refused']} | {s['all_right']} | {s['false_reject']}/{s['valid']} "
         f"| {s['false_reject_order']} | {s['false_accept']}/{s['invalid']} "
-        f"| {s['crash']} | {s['hang']} | {s['run_time_errors']} | {'/'.join(map(str, s['first_mask_ms']))} "
-        f"| {'/'.join(map(str, s['mask_us']))} |"
+        f"| {s['crash']} | {s['hang']} | {s['cut']} | {s['run_time_errors']} "
+        f"| {'/'.join(map(str, s['first_mask_ms']))} | {'/'.join(map(str, s['mask_us']))} |"
     )
 
 
@@ -420,7 +467,10 @@ def main() -> None:
     parser.add_argument("--tokenizer")
     parser.add_argument("--backend", default="llguidance")
     parser.add_argument("--no-rewriting", action="store_true")
+    parser.add_argument("--order", choices=["any", "schema"], default="any", help="of properties")
     parser.add_argument("--budget-s", type=float)
+    parser.add_argument("--case-s", type=float, default=CASE_LIMIT_S)
+    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--only", help="regular expression on case ids")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--report", type=Path, nargs="+")
@@ -436,14 +486,17 @@ def main() -> None:
         if arguments.json:
             arguments.json.write_text(json.dumps(summary_of(arguments.report), indent=1) + "\n")
         return
-    one = run(
-        arguments.data,
-        arguments.tokenizer,
+    how = Run(
         arguments.backend,
+        arguments.tokenizer,
         not arguments.no_rewriting,
+        arguments.order,
+        arguments.case_s,
         arguments.budget_s,
         arguments.only,
     )
+    before = json.loads(arguments.out.read_text()) if arguments.resume and arguments.out.exists() else None
+    one = how.over(arguments.data, before)
     if arguments.out:
         arguments.out.write_text(json.dumps(one))
     groups = collections.defaultdict(list)

@@ -32,7 +32,6 @@ LAYERS = [
         "parameters",
         "host_memory",
         "suspects",
-        "host_devices",
     },
     {
         "block_manager",
@@ -44,11 +43,8 @@ LAYERS = [
         "sampling",
         "kernels",
         "adapters",
-        "parallel.split",
-        "parallel.group",
-        "parallel.linear",
     },
-    {"scheduler", "attention", "models", "batch", "model_runner", "constraints", "warmup", "parallel"},
+    {"scheduler", "attention", "models", "batch", "model_runner", "constraints", "warmup"},
     {"engine"},
     {"process"},
 ]

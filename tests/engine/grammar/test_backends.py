@@ -93,22 +93,6 @@ CORPUS: list[tuple[str, Any, list[str], list[str]]] = [
         ['{"name":"find","arguments":{"q":"x"}}'],
         ['{"name":"sum","arguments":{"name":"A","age":1}}'],
     ),
-    (
-        "tools",
-        {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": True},
-        [
-            '{"name":"find","arguments":{"q":"x"}}',
-            '[{"name":"find","arguments":{"q":"x"}}]',
-            '[{"name":"find","arguments":{"q":"x"}}, {"name":"sum","arguments":{"name":"A","age":1}}]',
-        ],
-        ["[]", '["x"]', '[{"name":"find","arguments":{"q":"x"}}', "hello", '[{"name":"other","arguments":{}}]'],
-    ),
-    (
-        "tools",
-        {"tools": TOOLS, "tool_choice": "find", "parallel_tool_calls": True},
-        ['{"name":"find","arguments":{"q":"x"}}'],
-        ['[{"name":"find","arguments":{"q":"x"}}]'],
-    ),
 ]
 NO_GRAMMARS = {"lmfe": {"lark", "ebnf"}, "xgrammar": {"lark"}}
 
@@ -257,7 +241,9 @@ def test_forced_tokens_are_the_unforced_walk(walker) -> None:
         "required": ["name", "age"],
         "additionalProperties": False,
     }
-    matcher = walker.compile({"type": "json_schema", "value": value}, whitespace="none").matcher()
+    # Where properties may come in any order, little is forced.
+    order = {"property_order": "schema"} if walker.backend.name == "llguidance" else {}
+    matcher = walker.compile({"type": "json_schema", "value": value}, whitespace="none", **order).matcher()
     forced = matcher.forced()
     pieces = walker.vocabulary.token_bytes
     text = b"".join(pieces[i] for i in forced)

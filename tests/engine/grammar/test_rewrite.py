@@ -14,15 +14,9 @@ from hypothesis import strategies as st
 
 from textgen_engine.errors import GrammarError
 from textgen_engine.grammar import GrammarLimits, GrammarSpec, parse_grammar
-from textgen_engine.grammar.rewrite import (
-    LLGUIDANCE,
-    LMFE,
-    XGRAMMAR,
-    Capabilities,
-    PreparedSchema,
-    pattern_of_all_but,
-    prepare_schema,
-)
+from textgen_engine.grammar.capabilities import LLGUIDANCE, LMFE, XGRAMMAR, Capabilities
+from textgen_engine.grammar.regex import pattern_of_all_but
+from textgen_engine.grammar.rewrite import PreparedSchema, prepare_schema
 
 jsonschema = pytest.importorskip("jsonschema")
 LIMITS = GrammarLimits()

@@ -76,12 +76,12 @@ class RequestParameters:
     grammar: Mapping[str, Any] | None = None
     grammar_backend: str | None = None
     grammar_whitespace: str | None = None
+    grammar_property_order: str | None = None
     grammar_lenient: bool | None = None
     grammar_check: GrammarCheck | None = None
     response_format: Mapping[str, Any] | None = None
     tools: tuple[Mapping[str, Any], ...] | None = None
     tool_choice: str | Mapping[str, Any] | None = None
-    parallel_tool_calls: bool = False
     tool_prompt: str | None = None
     chat_template: str | None = None
     add_generation_prompt: bool | None = None
@@ -681,6 +681,12 @@ PARAMETERS: tuple[ParameterGroup, ...] = (
                 "Whitespace between the tokens of JSON: `bounded`, `flexible` or `none`.",
             ),
             Parameter(
+                "grammar_property_order",
+                Text(),
+                "`any`",
+                "Order of the properties in JSON objects: `any`, or that of the `schema`.",
+            ),
+            Parameter(
                 "grammar_lenient",
                 Boolean(),
                 "false",
@@ -707,13 +713,6 @@ PARAMETERS: tuple[ParameterGroup, ...] = (
                 TextOrObject(),
                 "`auto`",
                 "`auto`, `none`, `required`, a function's name, or OpenAI's object that names one.",
-            ),
-            Parameter(
-                "parallel_tool_calls",
-                Boolean(),
-                "`false`",
-                "Allow several calls in one answer, as a list; a `tool_choice` that names a function means one call. "
-                "OpenAI's routes of the gateway allow them unless told otherwise.",
             ),
             Parameter("tool_prompt", Text(), "the server's", "Text put before the tools when the template has none."),
         ),
@@ -863,12 +862,12 @@ def parse_parameters(
         grammar=values.get("grammar"),
         grammar_backend=values.get("grammar_backend"),
         grammar_whitespace=values.get("grammar_whitespace"),
+        grammar_property_order=values.get("grammar_property_order"),
         grammar_lenient=values.get("grammar_lenient"),
         grammar_check=values.get("grammar_check"),
         response_format=values.get("response_format"),
         tools=values.get("tools"),
         tool_choice=values.get("tool_choice"),
-        parallel_tool_calls=values.get("parallel_tool_calls", False),
         tool_prompt=values.get("tool_prompt"),
         chat_template=values.get("chat_template"),
         add_generation_prompt=values.get("add_generation_prompt"),

@@ -28,10 +28,12 @@ from textgen_engine.errors import GrammarError
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark", "ebnf", "tools"]
 Whitespace = Literal["flexible", "bounded", "none"]
+PropertyOrder = Literal["any", "schema"]
 MaskRow = npt.NDArray[np.int32]
 
 GRAMMAR_KINDS: tuple[str, ...] = get_args(GrammarKind)
 WHITESPACE_MODES: tuple[str, ...] = get_args(Whitespace)
+PROPERTY_ORDERS: tuple[str, ...] = get_args(PropertyOrder)
 BACKEND_NAMES = ("llguidance", "xgrammar", "lmfe")
 
 # An error text travels inside a stream and into logs: long enough for a regex and a caret, never a dump.
@@ -50,6 +52,8 @@ class GrammarSpec:
       tools                     JSON object {"mode": "required" | "auto", "tools": [{"name", "parameters"}]}
     whitespace: between the tokens of JSON. `bounded`: one space, or a newline with at most 32 blanks behind it;
       `flexible`: any run (a model may fill its whole budget with it); `none`: compact.
+    property_order: of JSON objects. `any`: whichever the backend can make (llguidance and lmfe: any order; xgrammar:
+      the schema's); `schema`: the order of the schema, and no other.
     lenient: keywords the backend cannot enforce are dropped with a warning instead of refused.
     """
 
@@ -58,6 +62,7 @@ class GrammarSpec:
     backend: str
     whitespace: Whitespace = "bounded"
     lenient: bool = False
+    property_order: PropertyOrder = "any"
 
 
 @dataclass(frozen=True, slots=True)

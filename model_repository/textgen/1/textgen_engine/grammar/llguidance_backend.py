@@ -9,14 +9,17 @@ good, so only `try_consume_tokens` is used.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from textgen_engine.errors import GrammarError, Unsupported
 from textgen_engine.grammar.base import GrammarLimits, GrammarMatcher, GrammarSpec, MaskRow, grammar_error
+from textgen_engine.grammar.capabilities import LLGUIDANCE
+from textgen_engine.grammar.lark_schema import LibraryForm, counts_open_names, mentions_names
 from textgen_engine.grammar.matcher import TextMatcher
 from textgen_engine.grammar.regex import escape_regex, to_rust_regex
-from textgen_engine.grammar.rewrite import LLGUIDANCE, PreparedSchema, prepare_schema
+from textgen_engine.grammar.rewrite import PreparedSchema, WrittenGrammar, prepare_schema, write_grammar
 from textgen_engine.grammar.sandbox import Sandbox, WorkerDied, WorkerLate
 from textgen_engine.grammar.tools import PLAIN_TEXT_PATTERN
 from textgen_engine.grammar.vocabulary import Vocabulary
@@ -24,12 +27,20 @@ from textgen_engine.grammar.vocabulary import Vocabulary
 # One blank, or a newline and an indent: all that compact, spaced and indented JSON need, and no run of newlines.
 BOUNDED_WHITESPACE = r"( ?|\n[ \t]{0,32})"
 
+# The library's own, for whitespace_flexible: two ways to say it would be two kinds of blanks.
+FLEXIBLE_WHITESPACE = r"[\x20\x0A\x0D\x09]+"
+
 # One compiled grammar holds its text several times over (AST, symbols, lexer) beside lazily built lexer states.
 _BYTES_PER_GRAMMAR_BYTE = 32
 _BYTES_PER_GRAMMAR = 64 * 1024
 
-# Python work on a longer schema could hold the engine's interpreter lock for longer than a decode step.
+# Python work on a longer schema could hold the engine's interpreter lock for longer than a decode step. Writing a
+# grammar takes longer than cleaning, and is linear in the schema only where none of these keywords multiplies cases.
 _PREPARED_HERE_CHARS = 8 * 1024
+_WRITTEN_HERE_CHARS = 2 * 1024
+_MULTIPLYING = re.compile(
+    r'"(?:anyOf|allOf|oneOf|not|if|dependen\w+|contains|unevaluated\w+|propertyNames|uniqueItems|m\w+Properties|\$\w*[rR]ef)"'
+)
 
 
 class LlguidanceBackend:
@@ -64,29 +75,54 @@ class LlguidanceBackend:
         if spec.kind not in ("json_schema", "json_object", "tools"):
             return self._compiled(spec, self._plain_grammar(spec), ())
         prepared = self._prepare(spec, rebuild=False)
+        own: LlguidanceGrammar | GrammarError
         try:
-            return self._compiled(spec, self._schema_grammar(spec, prepared), prepared.warnings)
+            own = self._compiled(spec, self._schema_grammar(spec, prepared), prepared.warnings)
         except GrammarError as refusal:
-            if not self._limits.max_rewritten_nodes:
-                raise
+            own = refusal
+        if spec.property_order == "any" and self._limits.max_rewritten_nodes and mentions_names(prepared.schema):
             try:
-                rebuilt = self._prepare(spec, rebuild=True)
-                return self._compiled(spec, self._schema_grammar(spec, rebuilt), rebuilt.warnings)
+                written = self._write(spec)
+                if written is not None:
+                    return self._compiled(spec, self._written_grammar(written), written.warnings)
             except GrammarError as reason:
-                if spec.lenient:
-                    return self._lenient(spec, prepared)
-                # The rewriter knows keyword and place; the library's word is about the rewritten text then.
-                raise (reason if "cannot be enforced" in reason.message else refusal) from None
+                if not isinstance(own, GrammarError):
+                    why = reason.message.removeprefix("JSON schema: ").split("\n")[0]
+                    own.warnings = [*own.warnings, f"properties are made in the order of the schema ({why:.200})"]
+        if not isinstance(own, GrammarError):
+            return own
+        if not self._limits.max_rewritten_nodes:
+            raise own
+        try:
+            rebuilt = self._prepare(spec, rebuild=True)
+            return self._compiled(spec, self._schema_grammar(spec, rebuilt), rebuilt.warnings)
+        except GrammarError as reason:
+            if spec.lenient:
+                return self._lenient(spec, prepared)
+            # The rewriter knows keyword and place; the library's word is about the rewritten text then.
+            raise (reason if "cannot be enforced" in reason.message else own) from None
 
     def _prepare(self, spec: GrammarSpec, *, rebuild: bool) -> PreparedSchema:
         """Short work here, long work in a worker process, within the time limit."""
         if not rebuild and len(spec.value) <= _PREPARED_HERE_CHARS:
             return prepare_schema(spec, LLGUIDANCE, self._limits, rebuild=False)
+        prepared = self._in_worker("prepare", spec, LLGUIDANCE, rebuild)
+        assert isinstance(prepared, PreparedSchema)
+        return prepared
+
+    def _write(self, spec: GrammarSpec) -> WrittenGrammar | None:
+        """The schema as a grammar with members in any order."""
+        if len(spec.value) <= _WRITTEN_HERE_CHARS and not _MULTIPLYING.search(spec.value):
+            return write_grammar(spec, self._limits, _library_form(spec))
+        written = self._in_worker("write", spec, _library_form(spec))
+        assert isinstance(written, WrittenGrammar | None)
+        return written
+
+    def _in_worker(self, method: str, *arguments: Any) -> Any:
+        """A call of rewrite.RewriteSession. Raises GrammarError, also where it takes too long."""
         worker = self._rewriter.open()
         try:
-            prepared = worker.call("prepare", spec, LLGUIDANCE, rebuild, timeout_s=self._limits.compile_timeout_s)
-            assert isinstance(prepared, PreparedSchema)
-            return prepared
+            return worker.call(method, *arguments, timeout_s=self._limits.compile_timeout_s)
         except WorkerLate:
             limit = self._limits.compile_timeout_s
             raise GrammarError(
@@ -151,18 +187,29 @@ class LlguidanceBackend:
         return str(native.grammar_from_lark(text))
 
     def _schema_grammar(self, spec: GrammarSpec, prepared: PreparedSchema, extra: dict[str, Any] | None = None) -> str:
-        options: dict[str, Any] = {"json_allow_general_unicode_escapes": True, **(extra or {})}
-        if spec.whitespace == "bounded":
-            options["whitespace_pattern"] = BOUNDED_WHITESPACE
-        else:
-            options["whitespace_flexible"] = spec.whitespace == "flexible"
+        """The library's own form of a schema: properties in the order of the schema."""
+        options = {**_library_form(spec).options_of(prepared.schema), **(extra or {})}
         schema = {**prepared.schema, "x-guidance": options}
+        if counts_open_names(prepared.schema) and not spec.lenient:
+            raise GrammarError(
+                "JSON schema: 'minProperties' cannot be enforced by llguidance in the order of the schema "
+                "(a name made twice would count twice)"
+            )
         native = self._library.LLMatcher
         if prepared.or_plain_text:
-            schema_text = json.dumps(schema, ensure_ascii=False)
-            lark = f"start: call | TEXT |\ncall: %json {schema_text}\nTEXT: /{PLAIN_TEXT_PATTERN}/\n"
-            return str(native.grammar_from_lark(lark))
+            return self._or_plain_text("%json " + json.dumps(schema, ensure_ascii=False))
         return str(native.grammar_from_json_schema(schema))
+
+    def _written_grammar(self, written: WrittenGrammar) -> str:
+        if written.or_plain_text:
+            # The call is a grammar of its own: blanks are ignored in it, not in the text.
+            return self._or_plain_text("@body", {"name": "body", "lark_grammar": written.lark})
+        return str(self._library.LLMatcher.grammar_from_lark(written.lark))
+
+    @staticmethod
+    def _or_plain_text(call: str, *others: dict[str, str]) -> str:
+        lark = f"start: call | TEXT |\ncall: {call}\nTEXT: /{PLAIN_TEXT_PATTERN}/\n"
+        return json.dumps({"grammars": [{"lark_grammar": lark}, *others]}, ensure_ascii=False)
 
     @staticmethod
     def _lark_of_ebnf(text: str) -> str:
@@ -229,6 +276,19 @@ class LlguidanceMatcher(TextMatcher):
         forced = [int(token_id) for token_id in self.native.compute_ff_tokens()]
         self.check()
         return forced
+
+
+def _library_form(spec: GrammarSpec) -> LibraryForm:
+    options: dict[str, Any]
+    if spec.whitespace == "bounded":
+        blanks, options = BOUNDED_WHITESPACE, {"whitespace_pattern": BOUNDED_WHITESPACE}
+    elif spec.whitespace == "flexible":
+        blanks, options = FLEXIBLE_WHITESPACE, {"whitespace_flexible": True}
+    else:
+        blanks, options = None, {"whitespace_flexible": False}
+    # Where names are told apart, the library compares them as they are written: none may be written with \\u.
+    strict = {**options, "json_allowed_escapes": 'nrbtf\\"'}
+    return LibraryForm(blanks, {**options, "json_allow_general_unicode_escapes": True}, strict)
 
 
 def _what(spec: GrammarSpec) -> str:

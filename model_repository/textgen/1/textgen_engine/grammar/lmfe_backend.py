@@ -44,6 +44,8 @@ class LmfeBackend:
         """Try the grammar in a worker that is killed at the time limit."""
         if spec.kind in ("lark", "ebnf"):
             raise Unsupported(f"grammar_backend lmfe has no {spec.kind} grammars; llguidance has")
+        if spec.property_order == "schema" and spec.kind in ("json_schema", "json_object", "tools"):
+            raise Unsupported("grammar_backend lmfe makes properties in any order; llguidance and xgrammar keep one")
         worker = self._sandbox.open()
         left_s = deadline_in(self._limits.compile_timeout_s)
         try:

@@ -19,9 +19,10 @@ import numpy as np
 
 from textgen_engine.errors import Unsupported
 from textgen_engine.grammar.base import GrammarLimits, GrammarSpec, grammar_error
+from textgen_engine.grammar.capabilities import LMFE
 from textgen_engine.grammar.json_lexer import TextTables, TextTracker
 from textgen_engine.grammar.regex import to_rust_regex
-from textgen_engine.grammar.rewrite import LMFE, prepare_leniently
+from textgen_engine.grammar.rewrite import prepare_leniently
 from textgen_engine.grammar.vocabulary import Vocabulary, pack_bits
 
 _WHITESPACE = b" \t\n\r"

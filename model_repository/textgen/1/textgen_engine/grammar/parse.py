@@ -11,7 +11,8 @@ Accepted forms (`value` of parse_grammar, a JSON object or its text):
     {"type": "json_schema", "json_schema": {"name", "schema", "strict"}}       OpenAI's response_format
     {"type": "text"}, null, tool_choice "none"                                 no grammar: None
 
-beside which `backend`, `whitespace` and `lenient` may stand. Runs in the front process, before a request is queued.
+beside which `backend`, `whitespace`, `property_order` and `lenient` may stand. Runs in the front process, before a
+request is queued.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from textgen_engine.errors import GrammarError, InvalidParameter, ToolError
 from textgen_engine.grammar.base import (
     BACKEND_NAMES,
     GRAMMAR_KINDS,
+    PROPERTY_ORDERS,
     WHITESPACE_MODES,
     GrammarKind,
     GrammarLimits,
     GrammarSpec,
+    PropertyOrder,
     Whitespace,
 )
 from textgen_engine.grammar.json_schema import check_schema
@@ -43,7 +46,7 @@ _KIND_ALIASES: dict[str, GrammarKind] = {
     "json": "json_schema",
     "gbnf": "ebnf",
 }
-_OPTION_KEYS = {"backend", "whitespace", "lenient"}
+_OPTION_KEYS = {"backend", "whitespace", "property_order", "lenient"}
 
 
 def parse_grammar(
@@ -53,12 +56,13 @@ def parse_grammar(
     default_backend: str = "llguidance",
     backend: str | None = None,
     whitespace: str | None = None,
+    property_order: str | None = None,
     lenient: bool | None = None,
 ) -> GrammarSpec | None:
     """Check one `grammar` (or `response_format`) value; None where it asks for no constraint.
 
-    backend, whitespace, lenient: the request's own `grammar_*` parameters, None where absent; the same option inside
-    `value` must agree. Raises GrammarError (naming keyword or position), ToolError or InvalidParameter.
+    backend, whitespace, property_order, lenient: the request's own `grammar_*` parameters, None where absent; the same
+    option inside `value` must agree. Raises GrammarError (naming keyword or position), ToolError or InvalidParameter.
     """
     if value is None:
         return None
@@ -79,10 +83,13 @@ def parse_grammar(
     mode = _agree("grammar_whitespace", whitespace, value.get("whitespace")) or "bounded"
     if mode not in WHITESPACE_MODES:
         raise InvalidParameter.for_value("grammar_whitespace", mode, "one of " + ", ".join(WHITESPACE_MODES))
+    order = _agree("grammar_property_order", property_order, value.get("property_order")) or "any"
+    if order not in PROPERTY_ORDERS:
+        raise InvalidParameter.for_value("grammar_property_order", order, "one of " + ", ".join(PROPERTY_ORDERS))
     relaxed = _agree("grammar_lenient", lenient, value.get("lenient"))
     if not isinstance(relaxed, bool | None):
         raise InvalidParameter.for_value("grammar_lenient", relaxed, "true or false")
-    return GrammarSpec(kind, text, cast(str, chosen), cast(Whitespace, mode), bool(relaxed))
+    return GrammarSpec(kind, text, cast(str, chosen), cast(Whitespace, mode), bool(relaxed), cast(PropertyOrder, order))
 
 
 def _agree(name: str, parameter: Any, inside: Any) -> Any:
@@ -183,14 +190,13 @@ def _tools_text(content: Any, limits: GrammarLimits) -> str | None:
         content = parse_json(content, what="tools", max_bytes=limits.max_schema_bytes, max_nesting=limits.max_nesting)
     if isinstance(content, list):
         content = {"tools": content, "tool_choice": "required"}
-    known = {"tools", "tool_choice", "parallel_tool_calls"}
-    if not isinstance(content, dict) or set(content) - known or "tools" not in content:
+    if not isinstance(content, dict) or set(content) - {"tools", "tool_choice"} or "tools" not in content:
         raise InvalidParameter.for_value("grammar.value", content, "a list of tools or {tools, tool_choice}")
     if not isinstance(content["tools"], list):
         raise ToolError("`tools` must be a list")
     if len(content["tools"]) > limits.max_tools:
         raise ToolError(f"{len(content['tools'])} tools; at most {limits.max_tools} are allowed")
-    selected = select_tools(content["tools"], content.get("tool_choice", "auto"), content.get("parallel_tool_calls"))
+    selected = select_tools(content["tools"], content.get("tool_choice", "auto"))
     if selected is None:
         return None
     for tool in selected["tools"]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
 from textgen_engine.errors import GrammarError
 
@@ -87,6 +89,36 @@ def unsupported_in_pattern(pattern: str) -> str | None:
             return f"look-around at position {position}"
         position += 1
     return None
+
+
+_CLASS = re.compile(r"\\.|\[\^?(?:\\.|[^\]\\])*\]", re.DOTALL)
+
+
+def guard_quotes(pattern: str) -> str:
+    r"""A JSON Schema `pattern` in which llguidance sees that a class leaves out the quote or the backslash.
+
+    Where a class has every control character (or all but the newline), the library allows any escape in its place,
+    `\"` and `\\` with the others, although `[^"]` has neither. Without NUL the class is no longer of that kind, and
+    texts with a NUL in its place are not made. Raises GrammarError for such a class that is not negated.
+    """
+
+    def guard(found: re.Match[str]) -> str:
+        text = found[0]
+        if text.startswith("\\") or text in ("[]", "[^]"):
+            return text
+        try:
+            matches = re.compile(text, re.ASCII).fullmatch
+        except re.error:
+            return "[^\\x00" + text[2:] if text.startswith("[^") else text
+        if (matches('"') and matches("\\")) or not all(matches(chr(code)) for code in range(32) if code != 10):
+            return text
+        if not text.startswith("[^"):
+            raise GrammarError(f"JSON schema: 'pattern' has a class with the control characters: {text[:100]!r}")
+        return "[^\\x00" + text[2:]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _CLASS.sub(guard, pattern)
 
 
 class _Translator:
@@ -275,6 +307,34 @@ class _Translator:
 def escape_regex(text: str) -> str:
     """`text` as a pattern that matches it alone, in Python's and in Rust's dialect."""
     return "".join("\\" + char if char in _META else char for char in text)
+
+
+def pattern_of_all_but(texts: Iterable[str]) -> str:
+    """A regular expression (to be matched whole) for every text but the given ones, linear in their length."""
+    tree: dict[str, Any] = {}
+    for text in texts:
+        node = tree
+        for char in text:
+            node = node.setdefault(char, {})
+        node[""] = {}  # a forbidden text ends here
+
+    def others(node: dict[str, Any]) -> str:
+        heads = sorted(char for char in node if char)
+        cases = [] if "" in node else [""]
+        if heads:
+            # NUL for the sake of guard_quotes, which says why.
+            nul = r"\x00" if {'"', "\\"} & set(heads) else ""
+            cases.append("[^" + nul + "".join(_in_class(char) for char in heads) + r"][\s\S]*")
+            cases += [escape_regex(char) + others(node[char]) for char in heads]
+        else:
+            cases.append(r"[\s\S]+")
+        return "(?:" + "|".join(cases) + ")"
+
+    return others(tree)
+
+
+def _in_class(char: str) -> str:
+    return "\\" + char if char in "\\]^[-&~/" else char
 
 
 _META = frozenset("\\.+*?()|[]{}^$#&-~/")

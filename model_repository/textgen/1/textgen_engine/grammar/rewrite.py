@@ -1,13 +1,14 @@
-"""`prepare_schema`: the schema a backend is given, brought into what that backend enforces.
+"""`prepare_schema`, `write_grammar`: a client's schema brought into what a backend enforces.
 
-Two ways. A schema that the backend takes as it is goes through a light cleaning: formats it does not know become
+Three ways. A schema that the backend takes as it is goes through a light cleaning: formats it does not know become
 warnings, whole numbers lose their `.0`, keywords without meaning in their place go. A schema it does not take is
 rebuilt from its set of values (schema_sets.py): `not`, `oneOf`, `if`, dependencies, `contains`, `uniqueItems` over few
-values, `propertyNames` and `unevaluated*` become unions of plain schemas. Every rebuilt schema allows the same values,
-or, with a warning, fewer; never more.
+values, `propertyNames` and `unevaluated*` become unions of plain schemas (plain_schema.py). And for llguidance a schema
+with objects in it becomes a grammar that lets their members come in any order (lark_schema.py). Every result allows the
+same values, or, with a warning, fewer; never more.
 
-Rebuilding is Python, milliseconds to seconds of it: it runs in a worker process (`RewriteSession`), where it neither
-takes the engine's interpreter lock nor outlives the time limit.
+The latter two are Python, milliseconds to seconds of it: they run in a worker process (`RewriteSession`), where they
+neither take the engine's interpreter lock nor outlive the time limit.
 
 What remains is refused by keyword and place. With `lenient`, such keywords are dropped instead, with a warning.
 """
@@ -15,93 +16,20 @@ What remains is refused by keyword and place. With `lenient`, such keywords are 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
-from itertools import combinations, permutations
 from typing import Any
 
 from textgen_engine.errors import GrammarError
 from textgen_engine.grammar.base import GrammarLimits, GrammarSpec, grammar_error
+from textgen_engine.grammar.capabilities import LLGUIDANCE, Capabilities
 from textgen_engine.grammar.json_schema import map_children
-from textgen_engine.grammar.references import Place, SchemaDocument
-from textgen_engine.grammar.regex import escape_regex, unsupported_in_pattern
-from textgen_engine.grammar.schema_sets import (
-    FALSE,
-    FULL,
-    TRUE,
-    And,
-    ArrayBranch,
-    BooleanBranch,
-    Branch,
-    Expr,
-    Inexpressible,
-    Keys,
-    Leaf,
-    NullBranch,
-    NumberBranch,
-    ObjectBranch,
-    SchemaSets,
-    StringBranch,
-    Values,
-    canonical,
-    conjunction,
-    finite_numbers,
-    plain_number,
-)
+from textgen_engine.grammar.lark_schema import LarkWriter, LibraryForm
+from textgen_engine.grammar.plain_schema import IDENTIFIERS, SchemaWriter
+from textgen_engine.grammar.references import SchemaDocument
+from textgen_engine.grammar.regex import guard_quotes
+from textgen_engine.grammar.schema_sets import Inexpressible, Leaf, SchemaSets, canonical
 from textgen_engine.grammar.tools import tool_call_schema
-
-# Formats every backend that asserts formats knows by these names; others are annotations, as the standard has it.
-KNOWN_FORMATS = frozenset(["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"])
-_REWRITTEN = frozenset(
-    [
-        *("not", "oneOf", "if", "dependentRequired", "dependentSchemas", "dependencies"),
-        *("contains", "propertyNames", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef"),
-    ]
-)
-_IDENTIFIERS = frozenset(["$id", "id", "$anchor", "$dynamicAnchor", "$schema", "$defs", "definitions", "x-guidance"])
-_MAX_CASES = 64
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What one backend enforces of plain schemas (those without the keywords that are rewritten for all).
-
-    native: takes schemas as clients write them; the others get rebuilt schemas only.
-    """
-
-    name: str
-    native: bool = False
-    formats: frozenset[str] = frozenset()
-    number_bounds: bool = True
-    multiple_of: bool = False
-    several_patterns: bool = False
-    pattern_and_length: bool = False
-    prefix_items: bool = True
-    pattern_properties: bool = False
-    forbidden_properties: bool = False
-    open_objects: bool = True
-    count_properties: bool = False
-    mixed_enums: bool = True
-    untyped: bool = True
-
-
-LLGUIDANCE = Capabilities(
-    "llguidance",
-    native=True,
-    formats=KNOWN_FORMATS,
-    multiple_of=True,
-    several_patterns=True,
-    pattern_and_length=True,
-    pattern_properties=True,
-    forbidden_properties=True,
-    count_properties=True,
-)
-XGRAMMAR = Capabilities("xgrammar")
-LMFE = Capabilities(
-    "lmfe", number_bounds=False, prefix_items=False, open_objects=False, mixed_enums=False, untyped=False
-)
 
 
 @dataclass(frozen=True)
@@ -125,30 +53,76 @@ def prepare_schema(
     rebuild: False gives the cleaned schema (a native backend's first try), True the rebuilt one.
     Raises GrammarError, naming keyword and place, for what cannot be enforced.
     """
+    cleaned = _cleaned(spec, capabilities)
+    if not rebuild:
+        return cleaned
+    if not limits.max_rewritten_nodes:
+        raise GrammarError(f"JSON schema: {capabilities.name} does not take it as it is, and rewriting is off")
+    try:
+        sets, writer = _writer(cleaned, capabilities, limits, is_lenient=spec.lenient)
+        schema = writer.schema_of(Leaf(sets.document.root))
+        if schema is None:
+            raise Inexpressible("schema", "#", "no value satisfies it")
+    except Inexpressible as error:
+        raise _refused(error, capabilities) from None
+    except RecursionError:
+        raise GrammarError(f"JSON schema: nested too deeply for {capabilities.name}") from None
+    return replace(cleaned, schema=schema, warnings=[*cleaned.warnings, *sets.warnings], rebuilt=True)
+
+
+@dataclass(frozen=True)
+class WrittenGrammar:
+    """lark: start rule `start`. Otherwise as PreparedSchema."""
+
+    lark: str
+    warnings: list[str]
+    or_plain_text: bool
+
+
+def write_grammar(spec: GrammarSpec, limits: GrammarLimits, form: LibraryForm) -> WrittenGrammar | None:
+    """The schema of a spec as a grammar of llguidance; None where its own form of the schema does as well.
+
+    Raises GrammarError for what has no form as a grammar; it may have one as a schema.
+    """
+    cleaned = _cleaned(spec, LLGUIDANCE)
+    try:
+        sets, writer = _writer(cleaned, LLGUIDANCE, limits, is_lenient=spec.lenient)
+        lark = LarkWriter(sets, writer, form).write(Leaf(sets.document.root))
+    except Inexpressible as error:
+        raise _refused(error, LLGUIDANCE) from None
+    except RecursionError:
+        raise GrammarError("JSON schema: nested too deeply for llguidance") from None
+    if lark is None:
+        return None
+    return WrittenGrammar(lark, [*cleaned.warnings, *sets.warnings], cleaned.or_plain_text)
+
+
+def _cleaned(spec: GrammarSpec, capabilities: Capabilities) -> PreparedSchema:
+    """The client's own schema. Raises GrammarError."""
     content = json.loads(spec.value)
     or_plain_text = False
     if spec.kind == "tools":
         or_plain_text = content["mode"] == "auto"
-        content = tool_call_schema(content["tools"], parallel=content.get("parallel", False))
+        content = tool_call_schema(content["tools"])
     if content is False:
         raise grammar_error("JSON schema: the schema `false` allows no value")
-    content = {} if content is True else content
-    cleaned, warnings = _clean(content, capabilities)
-    if not rebuild:
-        return PreparedSchema(cleaned, warnings, or_plain_text)
-    if not limits.max_rewritten_nodes:
-        raise GrammarError(f"JSON schema: {capabilities.name} does not take it as it is, and rewriting is off")
-    rebuilder = _Rebuilder(SchemaDocument(cleaned), capabilities, limits.max_rewritten_nodes, is_lenient=spec.lenient)
-    try:
-        schema = rebuilder.run()
-    except Inexpressible as error:
-        reason = f" ({error.reason})" if error.reason else ""
-        raise GrammarError(
-            f"JSON schema: {error.keyword!r} at {error.place[:200]} cannot be enforced by {capabilities.name}{reason}"
-        ) from None
-    except RecursionError:
-        raise GrammarError(f"JSON schema: nested too deeply for {capabilities.name}") from None
-    return PreparedSchema(schema, [*warnings, *rebuilder.warnings], or_plain_text, rebuilt=True)
+    schema, warnings = _clean({} if content is True else content, capabilities)
+    return PreparedSchema(schema, warnings, or_plain_text)
+
+
+def _writer(
+    cleaned: PreparedSchema, capabilities: Capabilities, limits: GrammarLimits, *, is_lenient: bool
+) -> tuple[SchemaSets, SchemaWriter]:
+    """The sets of a cleaned schema, and what writes them. Raises GrammarError."""
+    sets = SchemaSets(SchemaDocument(cleaned.schema), max_branches=limits.max_rewritten_nodes)
+    return sets, SchemaWriter(sets, capabilities, limits.max_rewritten_nodes, is_lenient=is_lenient)
+
+
+def _refused(error: Inexpressible, capabilities: Capabilities) -> GrammarError:
+    reason = f" ({error.reason})" if error.reason else ""
+    return GrammarError(
+        f"JSON schema: {error.keyword!r} at {error.place[:200]} cannot be enforced by {capabilities.name}{reason}"
+    )
 
 
 def prepare_leniently(spec: GrammarSpec, capabilities: Capabilities, limits: GrammarLimits) -> PreparedSchema:
@@ -167,13 +141,16 @@ def prepare_leniently(spec: GrammarSpec, capabilities: Capabilities, limits: Gra
 
 
 class RewriteSession:
-    """prepare_schema in a worker process of sandbox.py."""
+    """prepare_schema and write_grammar in a worker process of sandbox.py."""
 
     def __init__(self, limits: GrammarLimits) -> None:
         self._limits = limits
 
     def prepare(self, spec: GrammarSpec, capabilities: Capabilities, rebuild: bool) -> PreparedSchema:
         return prepare_schema(spec, capabilities, self._limits, rebuild=rebuild)
+
+    def write(self, spec: GrammarSpec, form: LibraryForm) -> WrittenGrammar | None:
+        return write_grammar(spec, self._limits, form)
 
 
 def prepare_sessions(limits: GrammarLimits) -> Callable[[], RewriteSession]:
@@ -192,6 +169,13 @@ def _clean(content: dict[str, Any], capabilities: Capabilities) -> tuple[dict[st
         if "format" in changed and changed["format"] not in capabilities.formats:
             warnings[f"format {changed['format']!r:.100} is not enforced"] = None
             del changed["format"]
+        if capabilities.native:
+            if "pattern" in changed:
+                changed["pattern"] = guard_quotes(changed["pattern"])
+            if "patternProperties" in changed:
+                changed["patternProperties"] = {
+                    guard_quotes(pattern): inner for pattern, inner in changed["patternProperties"].items()
+                }
         # The library would take its own options from inside a schema.
         changed.pop("x-guidance", None)
         for key in ("then", "else"):
@@ -200,7 +184,7 @@ def _clean(content: dict[str, Any], capabilities: Capabilities) -> tuple[dict[st
         if "then" not in changed and "else" not in changed and not has_annotations:
             changed.pop("if", None)
         if is_old and "$ref" in changed:  # up to draft 7 nothing beside a reference counts
-            changed = {key: value for key, value in changed.items() if key in _IDENTIFIERS or key == "$ref"}
+            changed = {key: value for key, value in changed.items() if key in IDENTIFIERS or key == "$ref"}
         if changed.get("uniqueItems") is False:
             del changed["uniqueItems"]
         if "contains" not in changed:
@@ -219,494 +203,3 @@ def _clean(content: dict[str, Any], capabilities: Capabilities) -> tuple[dict[st
     is_old = SchemaDocument({"$schema": content.get("$schema", "")}).is_old_draft
     has_annotations = "unevaluated" in json.dumps(content)
     return clean(content), list(warnings)
-
-
-class _Rebuilder:
-    """Writes a document's set of values as a plain schema, one definition per subschema that something refers to."""
-
-    def __init__(
-        self, document: SchemaDocument, capabilities: Capabilities, max_nodes: int, *, is_lenient: bool
-    ) -> None:
-        self._document = document
-        self._is_lenient = is_lenient
-        self._can = capabilities
-        self._sets = SchemaSets(document, max_branches=max_nodes)
-        self._max_nodes = max_nodes
-        self._num_nodes = 0
-        self._names: dict[Expr, str] = {}
-        self._definitions: dict[str, Any] = {}
-
-    @property
-    def warnings(self) -> list[str]:
-        return list(self._sets.warnings)
-
-    def run(self) -> dict[str, Any]:
-        root = Leaf(self._document.root)
-        if self._sets.is_empty(root):
-            raise Inexpressible("schema", "#", "no value satisfies it")
-        schema = self._schema(root)
-        if schema is False:
-            raise Inexpressible("schema", "#", "no value satisfies it")
-        if self._definitions:
-            schema = {**schema, "$defs": self._definitions}
-        return dict(schema)
-
-    # Expressions
-
-    def _schema(self, expr: Expr) -> Any:
-        """A schema for an expression; False where nothing satisfies it."""
-        self._num_nodes += 1
-        if self._num_nodes > self._max_nodes:
-            raise Inexpressible("schema", "#", "its rewritten form is too large")
-        if expr == TRUE:
-            return self._anything()
-        if isinstance(expr, Leaf):
-            node = expr.place.node
-            if isinstance(node, bool) or node == {}:
-                return self._anything() if node is not False else False
-            if "$ref" in node and (
-                self._document.is_old_draft or not set(node) - _IDENTIFIERS - _ANNOTATIONS - {"$ref"}
-            ):
-                return self._reference(Leaf(self._document.resolve(expr.place, node["$ref"])))
-            if self._can.native and self._is_plain(expr.place):
-                return self._copy(expr.place)
-            return self._of_branches(self._sets.branches(expr), expr.place.pointer)
-        if isinstance(expr, Values):
-            return self._of_branches(self._sets.branches(expr), "#")
-        return self._reference(expr)
-
-    def _anything(self) -> dict[str, Any]:
-        """The schema of all values; lmfe knows none without a type."""
-        return {} if self._can.untyped else {"anyOf": [{"type": branch.type} for branch in FULL]}
-
-    def _reference(self, expr: Expr) -> Any:
-        """A reference to the expression's definition, written now if it is the first."""
-        if expr not in self._names:
-            if self._sets.is_empty(expr):
-                return False
-            name = f"d{len(self._names)}"
-            self._names[expr] = name
-            self._definitions[name] = {}  # holds the place, for order
-            if isinstance(expr, Leaf):
-                self._definitions[name] = self._schema(expr)
-            else:
-                self._definitions[name] = self._of_branches(self._sets.branches(expr), _pointer(expr))
-        return {"$ref": f"#/$defs/{self._names[expr]}"}
-
-    def _is_plain(self, place: Place) -> bool:
-        """The backend takes this node as it is (its subschemas aside)."""
-        node = place.node
-        if _REWRITTEN & set(node) or node.get("uniqueItems") or (self._document.is_old_draft and "$ref" in node):
-            return False
-        if isinstance(node.get("exclusiveMinimum"), bool) or isinstance(node.get("exclusiveMaximum"), bool):
-            return False
-        if isinstance(node.get("required"), bool):
-            return False
-        if "minProperties" in node or "maxProperties" in node:
-            optional = set(node.get("properties", ())) - set(node.get("required", ()))
-            return not optional and not {"allOf", "anyOf", "$ref"} & set(node)
-        return True
-
-    def _copy(self, place: Place) -> dict[str, Any]:
-        node = {key: value for key, value in place.node.items() if key not in _IDENTIFIERS | _ANNOTATIONS}
-        if isinstance(node.get("items"), list):  # the older spelling of prefixItems
-            node["prefixItems"] = node.pop("items")
-            if "additionalItems" in node:
-                node["items"] = node.pop("additionalItems")
-        else:
-            node.pop("additionalItems", None)
-        copied = map_children(node, lambda inner: self._schema(Leaf(self._document.child(place, (), inner))))
-        if "$ref" in node:
-            copied["$ref"] = self._reference(Leaf(self._document.resolve(place, node["$ref"])))
-            if copied["$ref"] is False:
-                return {"not": {}}
-            copied["$ref"] = copied["$ref"]["$ref"]
-        return copied
-
-    # Branches
-
-    def _of_branches(self, branches: Sequence[Branch], place: str) -> Any:
-        plain = [branch for branch in branches if branch in FULL]
-        if len(plain) == len(FULL):
-            return self._anything()
-        schemas: list[Any] = []
-        if plain:
-            names = [branch.type for branch in FULL if branch in plain]
-            if self._can.open_objects:
-                schemas.append({"type": names[0] if len(names) == 1 else names})
-            else:
-                schemas += [{"type": name} for name in names]
-        for branch in branches:
-            if branch not in plain:
-                schemas += self._of_branch(branch, place)
-        unique = list({canonical(schema): schema for schema in schemas}.values())  # key order counts
-        if len(unique) > self._max_nodes:
-            raise Inexpressible("schema", place, "too many cases")
-        if not unique:
-            if any(isinstance(branch, NumberBranch) and branch.not_multiples for branch in branches):
-                raise Inexpressible("not", place, "of integers or multiples")
-            return False
-        return unique[0] if len(unique) == 1 else {"anyOf": unique}
-
-    def _of_branch(self, branch: Branch, place: str) -> list[Any]:
-        """Schemas whose union is the branch."""
-        if isinstance(branch, NullBranch):
-            return [{"type": "null"}]
-        if isinstance(branch, BooleanBranch):
-            return [{"type": "boolean"}] if len(branch.values) == 2 else [self._enum(sorted(branch.values), place)]
-        if isinstance(branch, NumberBranch):
-            return self._of_number(branch, place)
-        if isinstance(branch, StringBranch):
-            return self._of_string(branch, place)
-        if isinstance(branch, ArrayBranch):
-            solved = self._solved_array(branch, place)
-            return [schema for one in solved if (schema := self._of_array(one, place)) is not None]
-        objects = [
-            schema for one in self._counted(branch, place) if (schema := self._of_object(one, place)) is not None
-        ]
-        return [variant for schema in objects for variant in self._orders(schema, branch)]
-
-    def _solved_array(self, branch: ArrayBranch, place: str) -> Sequence[ArrayBranch]:
-        try:
-            return self._sets.solved_array(branch, place)
-        except Inexpressible as error:
-            if not (self._is_lenient and error.keyword == "uniqueItems"):
-                raise
-            self._sets.warnings[f"grammar_lenient: 'uniqueItems' at {place} is not enforced"] = None
-            return self._sets.solved_array(replace(branch, unique=False), place)
-
-    def _orders(self, schema: dict[str, Any], branch: ObjectBranch) -> Iterator[dict[str, Any]]:
-        """Properties are made in the order they are listed in. Names that no schema declares, only asks for, have no
-        order of their own: every order of them, where they are few."""
-        listed = schema.get("properties", {})
-        declared = {name for keys in branch.keys for name, expr in keys.properties if expr != FALSE}
-        free = [name for name in listed if name not in declared and name in schema.get("required", ())]
-        if not self._can.native or not 2 <= len(free) <= 3:
-            yield schema
-            return
-        others = {name: inner for name, inner in listed.items() if name not in free}
-        for order in permutations(free):
-            yield {**schema, "properties": {**others, **{name: listed[name] for name in order}}}
-
-    def _enum(self, values: Sequence[Any], place: str) -> dict[str, Any]:
-        if not self._can.mixed_enums and any(isinstance(value, bool) for value in values):
-            raise Inexpressible("enum", place, "of true or false alone")
-        return {"enum": list(values)}
-
-    def _of_number(self, branch: NumberBranch, place: str) -> list[Any]:
-        numbers = finite_numbers(branch, 256) if not self._can.number_bounds or not self._can.multiple_of else None
-        if branch.values is not None:
-            numbers = sorted(branch.values)
-        if numbers is not None:
-            return [self._enum([plain_number(value) for value in numbers], place)] if numbers else []
-        if branch.not_multiples:
-            # Fewer numbers, never others: no backend can be told "no multiple of".
-            shown = ", ".join(str(plain_number(value)) for value in sorted(branch.not_multiples))
-            self._sets.warnings[f"numbers that are no multiple of {shown} are not made at {place}"] = None
-            return []
-        whole = branch.multiple is not None and branch.multiple.denominator == 1
-        schemas = []
-        for low, low_open, high, high_open in _intervals(branch):
-            schema: dict[str, Any] = {"type": "integer" if whole else "number"}
-            if branch.multiple not in (None, Fraction(1)):
-                if not self._can.multiple_of:
-                    raise Inexpressible("multipleOf", place)
-                assert branch.multiple is not None
-                schema["multipleOf"] = plain_number(branch.multiple)
-            if low is not None:
-                if whole:
-                    schema["minimum"] = math.floor(low) + 1 if low_open else math.ceil(low)
-                else:
-                    schema["exclusiveMinimum" if low_open else "minimum"] = plain_number(low)
-            if high is not None:
-                if whole:
-                    schema["maximum"] = math.ceil(high) - 1 if high_open else math.floor(high)
-                else:
-                    schema["exclusiveMaximum" if high_open else "maximum"] = plain_number(high)
-            if whole and "minimum" in schema and "maximum" in schema and schema["minimum"] > schema["maximum"]:
-                continue
-            if len(schema) > 1 and not self._can.number_bounds:
-                raise Inexpressible("minimum or maximum", place)
-            schemas.append(schema)
-        return schemas
-
-    def _of_string(self, branch: StringBranch, place: str) -> list[Any]:
-        if branch.values is not None:
-            return [self._enum(self._sets.in_order(branch.values), place)]
-        patterns = [*branch.patterns]
-        if branch.excluded:
-            patterns.append(f"^{pattern_of_all_but(branch.excluded)}$")
-        for pattern in patterns:
-            reason = unsupported_in_pattern(pattern)
-            if reason is not None:
-                raise Inexpressible("pattern", place, reason)
-        if len(patterns) > 1 and not self._can.several_patterns:
-            raise Inexpressible("pattern", place, "several at once")
-        has_length = bool(branch.min_length) or branch.max_length is not None
-        if has_length and patterns and not self._can.pattern_and_length:
-            raise Inexpressible("pattern", place, "beside minLength or maxLength")
-        schema: dict[str, Any] = {"type": "string"}
-        if branch.min_length:
-            schema["minLength"] = branch.min_length
-        if branch.max_length is not None:
-            schema["maxLength"] = branch.max_length
-        if patterns:
-            schema["pattern"] = patterns[0]
-        extra = [{"pattern": pattern} for pattern in patterns[1:]]
-        formats = [{"format": name} for name in branch.formats]
-        if formats and not extra:
-            schema.update(formats.pop())
-        if extra or formats:
-            schema["allOf"] = extra + formats
-        return [schema]
-
-    def _of_array(self, branch: ArrayBranch, place: str) -> dict[str, Any] | None:
-        schema: dict[str, Any] = {"type": "array"}
-        most = branch.max_items
-        prefix = []
-        for index, expr in enumerate(branch.prefix):
-            if most is not None and index >= most:
-                break
-            inner = self._schema(expr)
-            if inner is False:  # the array ends before this item
-                most = index
-                break
-            prefix.append(inner)
-        if most is not None and most < branch.min_items:
-            return None
-        rest = self._schema(branch.rest) if most is None or most > len(prefix) else False
-        if rest is False:
-            most = min(len(prefix), len(prefix) if most is None else most)
-        if most is not None and most < branch.min_items:
-            return None
-        if prefix and not self._can.prefix_items:
-            if any(inner != rest for inner in prefix) and not (
-                rest is False and all(inner == prefix[0] for inner in prefix)
-            ):
-                raise Inexpressible("prefixItems", place)
-            rest, prefix = prefix[0], []
-        if prefix:
-            schema["prefixItems"] = prefix
-        if rest is False:
-            schema["items"] = False if self._can.native or prefix else {}
-        elif rest != {} or not self._can.native:
-            schema["items"] = rest
-        if branch.min_items:
-            schema["minItems"] = branch.min_items
-        if most is not None:
-            schema["maxItems"] = most
-        return schema
-
-    # Objects
-
-    def _counted(self, branch: ObjectBranch, place: str) -> Iterator[ObjectBranch]:
-        """The same objects without bounds on the number of properties, save where the backend takes them."""
-        low, high = branch.min_properties - len(branch.required), branch.max_properties
-        high = None if high is None else high - len(branch.required)
-        if low <= 0 and high is None:
-            yield replace(branch, min_properties=0)
-            return
-        optional = [
-            name
-            for name in branch.declared()
-            if name not in branch.required and not self._sets.is_empty(self._value_of(branch, name))
-        ]
-        is_open = not self._sets.is_empty(conjunction(keys.additional for keys in branch.keys)) or any(
-            keys.patterns for keys in branch.keys
-        )
-        if not is_open:
-            if low <= 0 and (high is None or high >= len(optional)):
-                yield replace(branch, min_properties=0, max_properties=None)
-                return
-            for absent, present in _choices(optional, max(low, 0), high, place):
-                yield _with_presence(branch, absent, present)
-            return
-        if not self._can.count_properties:
-            raise Inexpressible("minProperties or maxProperties", place)
-        if not optional:
-            yield branch
-            return
-        # With other names allowed, the count of declared names that are there is fixed case by case; the backend
-        # counts the others.
-        if 2 ** len(optional) > _MAX_CASES:
-            raise Inexpressible("minProperties or maxProperties", place, "beside many optional properties")
-        for size in range(len(optional) + 1):
-            for there in combinations(optional, size):
-                if high is not None and size > high:
-                    continue
-                absent = [name for name in optional if name not in there]
-                yield replace(
-                    _with_presence(branch, absent, there),
-                    min_properties=branch.min_properties,
-                    max_properties=branch.max_properties,
-                )
-
-    def _value_of(self, branch: ObjectBranch, name: str) -> Expr:
-        """What a property's value must satisfy; FALSE for a name that `propertyNames` forbids."""
-        for expr in branch.names:
-            if self._sets.is_empty(conjunction([expr, Values((canonical(name),))])):
-                return FALSE
-        return branch.value_of(name)
-
-    def _of_object(self, branch: ObjectBranch, place: str) -> dict[str, Any] | None:
-        names = branch.declared()
-        key_filter = self._key_filter(branch, place) if branch.names else None
-        if isinstance(key_filter, frozenset):
-            names += self._sets.in_order(key_filter - set(names))
-        patterned = [
-            keys
-            for keys in branch.keys
-            if any(expr != TRUE for _, expr in keys.patterns) or (keys.patterns and keys.additional != TRUE)
-        ]
-        if len(patterned) > 1 and any(keys.additional != TRUE for keys in patterned):
-            raise Inexpressible("patternProperties", place, "of several schemas, not all open")
-        base = conjunction(keys.additional for keys in branch.keys if keys not in patterned)
-        properties: dict[str, Any] = {}
-        for name in names:
-            inner = self._schema(self._value_of(branch, name))
-            if inner is False and name in branch.required:
-                return None
-            properties[name] = inner
-        by_pattern: dict[str, Expr] = {}
-        for keys in patterned:
-            for pattern, expr in keys.patterns:
-                by_pattern[pattern] = conjunction([by_pattern.get(pattern, TRUE), expr, base])
-        additional = self._schema(conjunction(keys.additional for keys in branch.keys))
-        patterns = {pattern: self._schema(expr) for pattern, expr in by_pattern.items()}
-        if key_filter is not None:
-            if patterns:
-                raise Inexpressible("propertyNames", place, "beside patternProperties")
-            if isinstance(key_filter, str) and additional is not False:
-                # A declared name that fits the pattern is held to `additional` too: stricter, and only where both say
-                # something of it.
-                patterns = {key_filter: additional}
-            additional = False
-        return self._write_object(branch, properties, patterns, additional, place)
-
-    def _write_object(
-        self, branch: ObjectBranch, properties: dict[str, Any], patterns: dict[str, Any], additional: Any, place: str
-    ) -> dict[str, Any]:
-        can = self._can
-        if patterns and not can.pattern_properties:
-            raise Inexpressible("patternProperties", place)
-        forbidden = [name for name, inner in properties.items() if inner is False]
-        if forbidden and not can.forbidden_properties:
-            if additional is not False and not (not can.open_objects and len(forbidden) < len(properties)):
-                raise Inexpressible("a forbidden property", place, repr(forbidden[0]))
-            properties = {name: inner for name, inner in properties.items() if inner is not False}
-        if not can.open_objects and additional is not False and properties:
-            self._sets.warnings[f"{can.name} makes no properties but the declared ones at {place}"] = None
-            additional = False
-        schema: dict[str, Any] = {"type": "object"}
-        if properties or additional is False:
-            schema["properties"] = properties
-        if patterns:
-            schema["patternProperties"] = patterns
-        if branch.required:
-            schema["required"] = list(branch.required)
-        if additional != {} or not can.native:
-            schema["additionalProperties"] = additional
-        if branch.min_properties > len(branch.required):
-            schema["minProperties"] = branch.min_properties
-        if branch.max_properties is not None:
-            schema["maxProperties"] = branch.max_properties
-        return schema
-
-    def _key_filter(self, branch: ObjectBranch, place: str) -> frozenset[str] | str:
-        """What names are allowed: a set of them, or one pattern. Raises Inexpressible."""
-        strings = [one for one in self._sets.branches(conjunction(branch.names)) if isinstance(one, StringBranch)]
-        if all(one.values is not None for one in strings):
-            return frozenset(value for one in strings for value in one.values or ())
-        if len(strings) != 1:
-            raise Inexpressible("propertyNames", place, "several kinds of names")
-        (names,) = strings
-        rules = [*names.patterns]
-        if names.min_length or names.max_length is not None:
-            longest = "" if names.max_length is None else names.max_length
-            rules.append(rf"^[\s\S]{{{names.min_length},{longest}}}$")
-        if names.excluded:
-            rules.append(f"^{pattern_of_all_but(names.excluded)}$")
-        if len(rules) > 1 or names.formats:
-            raise Inexpressible("propertyNames", place, "several rules at once")
-        return rules[0] if rules else r"^[\s\S]*$"
-
-
-_ANNOTATIONS = frozenset(
-    ["title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly", "$vocabulary"]
-)
-
-
-def _pointer(expr: Expr) -> str:
-    if isinstance(expr, Leaf):
-        return expr.place.pointer
-    parts = expr.parts if isinstance(expr, And) else ()
-    return next((pointer for part in parts if (pointer := _pointer(part)) != "#"), "#")
-
-
-def _intervals(branch: NumberBranch) -> Iterator[tuple[Fraction | None, bool, Fraction | None, bool]]:
-    """(low, open, high, open) of the pieces that the excluded numbers leave of the branch's interval."""
-    low, low_open = branch.low, branch.low_open
-    for hole in sorted(branch.excluded):
-        if (low is None or hole >= low) and (branch.high is None or hole <= branch.high):
-            if low is None or hole > low:
-                yield low, low_open, hole, True
-            low, low_open = hole, True
-    if low is None or branch.high is None or low < branch.high or (low == branch.high and not low_open):
-        yield low, low_open, branch.high, branch.high_open
-
-
-def _choices(
-    optional: Sequence[str], low: int, high: int | None, place: str
-) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
-    """(absent, present) names, cases whose union is "between low and high of them are there"."""
-    if high is None or high >= len(optional):
-        # The first `low` names that are there: all before and between them are absent, all behind are free.
-        if math.comb(len(optional), low) > _MAX_CASES:
-            raise Inexpressible("minProperties", place, "beside many optional properties")
-        for present in combinations(optional, low):
-            last = optional.index(present[-1])
-            yield [name for name in optional[:last] if name not in present], present
-        return
-    sizes = range(low, high + 1)
-    if sum(math.comb(len(optional), size) for size in sizes) > _MAX_CASES:
-        raise Inexpressible("maxProperties", place, "beside many optional properties")
-    for size in sizes:
-        for present in combinations(optional, size):
-            yield [name for name in optional if name not in present], present
-
-
-def _with_presence(branch: ObjectBranch, absent: Iterable[str], present: Iterable[str]) -> ObjectBranch:
-    forbidden = tuple((name, FALSE) for name in absent)
-    return replace(
-        branch,
-        keys=(*branch.keys, Keys(forbidden)) if forbidden else branch.keys,
-        required=tuple(dict.fromkeys([*branch.required, *present])),
-        min_properties=0,
-        max_properties=None,
-    )
-
-
-def pattern_of_all_but(texts: Iterable[str]) -> str:
-    """A regular expression (to be matched whole) for every text but the given ones, linear in their length."""
-    tree: dict[str, Any] = {}
-    for text in texts:
-        node = tree
-        for char in text:
-            node = node.setdefault(char, {})
-        node[""] = {}  # a forbidden text ends here
-
-    def others(node: dict[str, Any]) -> str:
-        heads = sorted(char for char in node if char)
-        cases = [] if "" in node else [""]
-        if heads:
-            cases.append("[^" + "".join(_in_class(char) for char in heads) + r"][\s\S]*")
-            cases += [escape_regex(char) + others(node[char]) for char in heads]
-        else:
-            cases.append(r"[\s\S]+")
-        return "(?:" + "|".join(cases) + ")"
-
-    return others(tree)
-
-
-def _in_class(char: str) -> str:
-    return "\\" + char if char in "\\]^[-&~/" else char

@@ -16,8 +16,9 @@ from typing import Any
 
 from textgen_engine.errors import GrammarError, RequestError, Unsupported
 from textgen_engine.grammar.base import GrammarLimits, GrammarSpec, grammar_error
+from textgen_engine.grammar.capabilities import XGRAMMAR
 from textgen_engine.grammar.regex import to_rust_regex
-from textgen_engine.grammar.rewrite import XGRAMMAR, prepare_leniently
+from textgen_engine.grammar.rewrite import prepare_leniently
 from textgen_engine.grammar.vocabulary import Vocabulary, unpack_bits
 
 _PROBE_STEPS = 64

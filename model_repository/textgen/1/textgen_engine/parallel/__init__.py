@@ -1,1 +1,0 @@
-"""One model over several processes: who holds which part, how the parts talk, what happens when one is lost."""
