@@ -12,6 +12,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 MODEL   := $(CACHE)/models/smollm2-135m-instruct
 CLIENT  := $(wildcard client/pyproject.toml)
+TOOLS   := $(CACHE)/tools
 SOURCES := model_repository scripts tests $(if $(CLIENT),client)
 TYPED   := model_repository/textgen/1/textgen_engine model_repository/tokenizer/1/textgen_tokenizer scripts $(if $(CLIENT),client)
 
@@ -20,10 +21,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup serve test test-faults soak audit lint bench bench-compare rivals check-image clean
+.PHONY: help setup serve test test-faults soak audit lint bench bench-compare rivals check-image monitoring-tools clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMPS)/packages $(STAMPS)/kernels $(MODEL)/manifest.json ## create .venv, install everything, prepare the demonstration model
 
@@ -57,6 +58,12 @@ rivals: setup ## install the engines that bench-compare knows, each in an enviro
 check-image: setup ## run the instructions of docker/Dockerfile.cpu in a fresh folder, up to a healthy server
 	rm -rf $(CACHE)/image
 	$(BIN)/python scripts/check_image.py --folder $(CACHE)/image --model $(MODEL)
+
+monitoring-tools: $(TOOLS)/usr/bin/promtool ## fetch Debian's Prometheus into .cache/tools (no root needed), for its tests
+
+$(TOOLS)/usr/bin/promtool:
+	@mkdir -p $(TOOLS)
+	cd $(TOOLS) && apt-get download -qq prometheus && dpkg -x prometheus_*.deb . && rm prometheus_*.deb
 
 clean: ## remove the environment, the caches and the prepared model
 	rm -rf $(VENV) $(CACHE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

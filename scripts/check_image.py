@@ -93,8 +93,10 @@ def _serve(image: _Image, model: Path) -> None:
             if server.poll() is not None or time.monotonic() > deadline:
                 raise click.ClickException("the server did not become ready")
             time.sleep(0.2)
-        address = f"127.0.0.1:{json.loads(ready.read_text())['grpc_port']}"
-        healthy = subprocess.run([*image.health, "--url", address], env=environment, cwd=image.workdir)
+        ports = json.loads(ready.read_text())
+        metrics_url = f"http://127.0.0.1:{ports['metrics_port']}/metrics"
+        command = [*image.health, "--url", f"127.0.0.1:{ports['grpc_port']}", "--metrics-url", metrics_url]
+        healthy = subprocess.run(command, env=environment, cwd=image.workdir)
         if healthy.returncode != 0:
             raise click.ClickException(f"the health check ended with {healthy.returncode}")
         server.send_signal(image.stop_signal)

@@ -51,7 +51,13 @@ def _launch_flags() -> list[click.Parameter]:
         option("--grpc-port", 8001, "gRPC; 0 takes a free port.", type=port, envvar="GRPC_PORT"),
         option("--metrics-port", 8002, "Prometheus metrics; 0 takes a free port.", type=port, envvar="METRICS_PORT"),
         option("--gateway/--no-gateway", True, "Serve TGI's and OpenAI's HTTP routes as well.", envvar="GATEWAY"),
-        option("--gateway-port", 8080, "Those routes; 0 takes a free port.", type=port, envvar="GATEWAY_PORT"),
+        option(
+            "--gateway-port",
+            8080,
+            "Those routes; 0 takes a free port.",
+            type=port,
+            envvar=["AIP_HTTP_PORT", "GATEWAY_PORT"],
+        ),
         option("--ready-file", None, "JSON with ports and process ids; there while requests succeed.", type=file),
         option("--demo/--no-demo", True, "Show the answer to a first chat message.", envvar="DEMO"),
         option(

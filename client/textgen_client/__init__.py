@@ -18,7 +18,7 @@ from textgen_client.errors import (
     ValidationError,
 )
 from textgen_client.health import Health
-from textgen_client.results import Adapter, Choice, Chunk, Generation, GrammarCheck, ModelStatus
+from textgen_client.results import Adapter, Choice, Chunk, Generation, GrammarCheck, ModelInfo, ModelStatus
 from textgen_client.watermark import WatermarkScore, detect_watermark
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "GrammarCheck",
     "Health",
     "KeepAlive",
+    "ModelInfo",
     "ModelStatus",
     "NotReadyError",
     "OverloadedError",

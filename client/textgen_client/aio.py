@@ -28,7 +28,7 @@ from textgen_client.channel import (
 )
 from textgen_client.errors import OverloadedError, RequestCancelled, ServerUnavailable, TextgenError, error_from_status
 from textgen_client.health import PROBE_PROMPT, Health, probe_parameters, readiness
-from textgen_client.results import Adapter, Chunk, Generation, GrammarCheck, ModelStatus, Tokenization
+from textgen_client.results import Adapter, Chunk, Generation, GrammarCheck, ModelInfo, ModelStatus, Tokenization
 
 
 class AsyncStream(AsyncIterator[Chunk]):
@@ -233,6 +233,32 @@ class AsyncClient:
         timeout = self.timeout if timeout is None else timeout
         request = wire.tokenization_request(wire.Prompt(prompt, messages), parameters)
         return wire.tokenization(await self._ask("ModelInfer", request, timeout))
+
+    async def render(
+        self, messages: Sequence[Mapping[str, Any]], *, timeout: float | None = None, **parameters: Any
+    ) -> str:
+        """A conversation as the chat template renders it; parameters as in `tokenization`."""
+        timeout = self.timeout if timeout is None else timeout
+        response = await self._ask("ModelInfer", wire.render_request(messages, parameters), timeout)
+        return wire.tokenizer_text(response, "prompt_text")
+
+    async def chat_template(
+        self, name: str | None = None, *, has_tools: bool = False, timeout: float | None = None
+    ) -> str:
+        """The source of the chat template of that name, or of the one that a request without a name would get.
+
+        Raises TemplateError where there is none.
+        """
+        timeout = self.timeout if timeout is None else timeout
+        response = await self._ask("ModelInfer", wire.template_request(name, has_tools), timeout)
+        return wire.tokenizer_text(response, "text")
+
+    async def model_info(self, *, model: str | None = None, timeout: float | None = None) -> ModelInfo:
+        """What the model says of itself: its name and limits."""
+        timeout = self.timeout if timeout is None else timeout
+        request = wire.model_info_request(model or self.model)
+        async with self._open(request, request.id, deadline(timeout), None) as stream:
+            return wire.model_info(wire.whole_answer([chunk async for chunk in stream], request.id))
 
     async def cancel(self, request_id: str, *, timeout: float = 5.0) -> None:
         """End the live request with this id; see `Client.cancel`."""

@@ -21,6 +21,7 @@ from textgen_client.channel import DEFAULT_MODEL, DEFAULT_URL, Tls
 from textgen_client.chat import Chat
 from textgen_client.client import Client
 from textgen_client.errors import TextgenError, ValidationError
+from textgen_client.health import Health, is_progressing
 from textgen_client.results import Adapter, Answer, Chunk
 from textgen_client.watermark import DEFAULT_GAMMA, detect_watermark
 
@@ -289,13 +290,22 @@ def health(
     tls_ca: TlsCa = None,
     header: Headers = None,
     timeout: Timeout = 5.0,
+    metrics_url: Annotated[
+        str | None,
+        typer.Option(help="Metrics of the server: while they show that it generates, no token is asked for."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask for one real token; exit code 0 if it came, else 1."""
-    with _client(url, model, tls, tls_ca, header) as client:
-        found = client.health(timeout=timeout or 5.0)
+    if metrics_url is not None and is_progressing(metrics_url):
+        found = Health(True, True, True, inference=True, is_progressing=True)
+    else:
+        with _client(url, model, tls, tls_ca, header) as client:
+            found = client.health(timeout=timeout or 5.0)
     if as_json:
         _print(json.dumps({"ok": found.ok, **dataclasses.asdict(found)}, ensure_ascii=False) + "\n")
+    elif found.is_progressing:
+        _print("healthy: it generates\n")
     elif found.ok:
         _print(f"healthy: one token in {found.latency_s:.3f} s\n")
     else:

@@ -32,7 +32,7 @@ from textgen_client.channel import (
 from textgen_client.errors import OverloadedError, RequestCancelled, ServerUnavailable, TextgenError, error_from_status
 from textgen_client.health import PROBE_PROMPT, Health, probe_parameters, readiness
 from textgen_client.interrupt import InterruptCancels
-from textgen_client.results import Adapter, Chunk, Generation, GrammarCheck, ModelStatus
+from textgen_client.results import Adapter, Chunk, Generation, GrammarCheck, ModelInfo, ModelStatus
 
 
 class Stream(Iterator[Chunk]):
@@ -241,6 +241,13 @@ class Client:
         with self._open(request, request_id, timeout, None) as stream:
             for _ in stream:
                 pass
+
+    def model_info(self, *, model: str | None = None, timeout: float | None = None) -> ModelInfo:
+        """What the model says of itself: its name and limits. Answered also when it takes no more requests."""
+        timeout = self.timeout if timeout is None else timeout
+        request = wire.model_info_request(model or self.model)
+        with self._open(request, request.id, deadline(timeout), None) as stream:
+            return wire.model_info(wire.whole_answer(stream, request.id))
 
     def models(self, *, timeout: float = 5.0) -> list[ModelStatus]:
         """Every model version in the server's repository, with its state.

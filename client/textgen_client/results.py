@@ -119,6 +119,21 @@ class Tokenization:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a model says of itself: where it came from, where it runs (`cpu`, `cuda`), and its limits; lengths in
+    tokens."""
+
+    model_id: str
+    device: str
+    max_concurrent_requests: int
+    max_best_of: int
+    max_stop_sequences: int
+    max_top_n_tokens: int
+    max_input_tokens: int
+    max_total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatus:
     """One version of a model in the server's repository. state: `READY`, `LOADING`, `UNAVAILABLE`, ... or empty."""
 

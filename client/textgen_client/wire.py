@@ -11,14 +11,14 @@ import json
 import struct
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tritonclient.grpc import InferResult, service_pb2
 
 from textgen_client.channel import DEFAULT_MODEL
 from textgen_client.errors import GenerationError, ValidationError, error_from_text
-from textgen_client.results import Adapter, Choice, Chunk, Generation, GrammarCheck, Token, Tokenization
+from textgen_client.results import Adapter, Choice, Chunk, Generation, GrammarCheck, ModelInfo, Token, Tokenization
 
 # Parameters that travel as tensors of their own, named as Triton's vLLM backend names them.
 _FLAGS = (
@@ -99,6 +99,41 @@ def cancel_request(request_id: str) -> Any:
     return request
 
 
+def model_info_request(model: str) -> Any:
+    """The `ModelInferRequest` that asks a model about itself."""
+    request = _request(model, new_request_id())
+    _add_flag(request, "model_info", True)
+    return request
+
+
+def model_info(answer: Generation) -> ModelInfo:
+    """The answer to `model_info_request`; GenerationError where the server's text is no such answer."""
+    try:
+        told = json.loads(answer.text)
+        return ModelInfo(**{field.name: told[field.name] for field in fields(ModelInfo)})
+    except (ValueError, TypeError, KeyError) as error:
+        raise GenerationError(f"the server's answer about its model cannot be read: {error}") from error
+
+
+def render_request(messages: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any]) -> Any:
+    """The `ModelInferRequest` for the prompt that the chat template makes of a conversation."""
+    return _tokenizer_request("render", ("prompt_text",), Prompt(messages=messages), parameters)
+
+
+def template_request(name: str | None, has_tools: bool) -> Any:
+    """The `ModelInferRequest` for the source of the chat template that a request would be rendered with."""
+    tools = [{"type": "function", "function": {"name": "any"}}] if has_tools else None
+    return _tokenizer_request("template", ("text",), None, {"chat_template": name, "tools": tools})
+
+
+def tokenizer_text(response: Any, name: str) -> str:
+    """The text in the output `name` of the tokenizer's answer."""
+    texts = _strings(InferResult(response), name)
+    if not texts:
+        raise GenerationError(f"the server's response has no {name}")
+    return texts[0]
+
+
 def tokenize_request(text: str) -> Any:
     """The `ModelInferRequest` for the token ids of a text, special tokens not added."""
     request = service_pb2.ModelInferRequest(model_name="tokenizer", id=new_request_id())
@@ -125,20 +160,7 @@ def tokenization_request(prompt: Prompt, parameters: Mapping[str, Any]) -> Any:
 
     parameters: those that change the prompt (`tools`, `add_special_tokens`, ...); None values are left out.
     """
-    request = service_pb2.ModelInferRequest(model_name="tokenizer", id=new_request_id())
-    for name in ("prompt_text", "tokens"):
-        request.outputs.add(name=name)
-    given = {name: value for name, value in parameters.items() if value is not None}
-    try:
-        _add_prompt(request, prompt)
-        _add_strings(request, "action", ["tokenize"])
-        if given:
-            _add_strings(request, "sampling_parameters", [_to_json(given)])
-    except UnicodeEncodeError as error:
-        raise ValidationError(f"text that is not valid Unicode cannot be sent: {error}") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValidationError(f"the request cannot be sent: {error}") from None
-    return request
+    return _tokenizer_request("tokenize", ("prompt_text", "tokens"), prompt, parameters)
 
 
 def tokenization(response: Any) -> Tokenization:
@@ -265,6 +287,26 @@ def _add_prompt(request: Any, prompt: Prompt) -> None:
     elif prompt.input_ids is not None:
         ids = list(prompt.input_ids)
         _add_tensor(request, "input_ids", "INT32", len(ids), struct.pack(f"<{len(ids)}i", *ids))
+
+
+def _tokenizer_request(
+    action: str, outputs: Sequence[str], prompt: Prompt | None, parameters: Mapping[str, Any]
+) -> Any:
+    request = service_pb2.ModelInferRequest(model_name="tokenizer", id=new_request_id())
+    for name in outputs:
+        request.outputs.add(name=name)
+    given = {name: value for name, value in parameters.items() if value is not None}
+    try:
+        if prompt is not None:
+            _add_prompt(request, prompt)
+        _add_strings(request, "action", [action])
+        if given:
+            _add_strings(request, "sampling_parameters", [_to_json(given)])
+    except UnicodeEncodeError as error:
+        raise ValidationError(f"text that is not valid Unicode cannot be sent: {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValidationError(f"the request cannot be sent: {error}") from None
+    return request
 
 
 def _to_json(value: Any) -> str:

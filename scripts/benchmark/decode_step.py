@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "model_repository" 
 
 import torch
 
-from textgen_engine import engine as engine_module
 from textgen_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from textgen_engine.engine import Engine
 from textgen_engine.models import loader
+from textgen_engine.parallel import worker
 from textgen_engine.request import GenerationRequest, StoppingParams
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def make_engine(model: Path, batch: int, context: int, steps: int, threads: int,
         engine = Engine(config, lambda report: None)
     else:
         with (
-            mock.patch.object(engine_module, "load_kernels", return_value=None),
+            mock.patch.object(worker, "load_kernels", return_value=None),
             mock.patch.object(loader, "fuse_layers", return_value=0),
         ):
             engine = Engine(config, lambda report: None)

@@ -7,7 +7,6 @@ of architectures; those are the engine's to refuse.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,12 +98,6 @@ def check_memory(checkpoint: Checkpoint, dtype: str | None, available_bytes: int
             f"not enough memory: the weights of {checkpoint.folder} need {needed / 2**30:.1f} GiB, "
             f"{available_bytes / 2**30:.1f} GiB are available"
         )
-
-
-def has_gpu() -> bool:
-    """Whether a GPU is visible. Asked without torch, whose import would cost seconds."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _check_config(folder: Path) -> None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from textgen_engine import host_memory
+from textgen_engine.host_devices import visible_gpus
 from textgen_serve import checkpoint, demo_model, gateway, options, probe, processes, ready_file
 from textgen_serve.control import ControlError, ModelControl
 from textgen_serve.errors import ServeError
@@ -154,12 +155,12 @@ class Launcher:
         environment = os.environ | self._environment
         if not environment.get("MODEL_ID"):
             environment["MODEL_ID"] = str(self._demo_model())
-        has_gpu = checkpoint.has_gpu()
-        config = options.check(environment, has_gpu)
+        num_gpus = visible_gpus()
+        config = options.check(environment, num_gpus)
         found = checkpoint.inspect(
             config.model.model_id, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
         )
-        if not has_gpu:
+        if not num_gpus:
             checkpoint.check_memory(found, config.model.dtype, host_memory.available_bytes())
         return found.folder
 
@@ -280,7 +281,7 @@ class Launcher:
         """Only now: who can connect to it is served, as with Text Generation Inference."""
         launch = self._launch
         environment = os.environ | self._environment
-        environment.setdefault("COMPUTE_TYPE", "gpu+optimized" if checkpoint.has_gpu() else "cpu")
+        environment.setdefault("COMPUTE_TYPE", "gpu+optimized" if visible_gpus() else "cpu")
         self._gateway = gateway.Gateway(
             launch.host, ports, model_id, launch.graceful_termination_timeout, self._log_file, environment
         )

@@ -31,10 +31,10 @@ def as_environment(flags: Mapping[str, Any]) -> dict[str, str]:
     return {variables[name]: _text(value) for name, value in flags.items() if value is not None and name in variables}
 
 
-def check(environment: Mapping[str, str], has_gpu: bool) -> EngineConfig:
+def check(environment: Mapping[str, str], num_gpus: int) -> EngineConfig:
     """What the engine will make of `environment`; its refusal, if any, becomes a ServeError before a server starts."""
     try:
-        return build_config({}, environment, has_gpu=has_gpu)
+        return build_config({}, environment, has_gpu=num_gpus > 0, num_gpus=num_gpus or None)
     except ConfigError as error:
         raise ServeError(str(error)) from error
 

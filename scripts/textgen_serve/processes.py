@@ -1,7 +1,7 @@
 """The processes below a server, by role, found from their command lines.
 
-Roles: "tritonserver", "engine" (the process that runs the model), and for each model the name of its folder in the
-model repository ("textgen", "tokenizer": the Python backend's stubs).
+Roles: "tritonserver", "engine" (the process that runs the model), "rank" (another one that holds a part of it), and for
+each model the name of its folder in the model repository ("textgen", "tokenizer": the Python backend's stubs).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import psutil
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _ENGINE_MODULE = "textgen_engine.process"
+_RANK_MODULE = "textgen_engine.parallel.worker"
 _STUB = "triton_python_backend_stub"
 STUB_ROLES = ("textgen", "tokenizer")
 # Finding processes walks over all of the machine's, looking at a known one does not.
@@ -45,6 +46,8 @@ def pids_by_role(server_pid: int) -> dict[str, list[int]]:
 def _role(command: list[str]) -> str | None:
     if any(_ENGINE_MODULE in word for word in command):
         return "engine"
+    if any(_RANK_MODULE in word for word in command):
+        return "rank"
     if command and Path(command[0]).name == _STUB:
         # <stub> <repository>/<model>/<version>/model.py <region> ...
         return Path(command[1]).parent.parent.name

@@ -107,7 +107,7 @@ def test_a_collector_that_is_not_there_keeps_nobody(triton_tracing: Any, triton_
 def test_a_request_whose_engine_reports_no_times(triton_tracing: Any) -> None:
     """Its phases are those that were seen from outside."""
     seen = Timings(1.0, None, 3.0, None, None)
-    trace = triton_tracing.RequestTrace(SimpleNamespace(), False, 0, seen, False, 2.0)
+    trace = triton_tracing.RequestTrace(SimpleNamespace(), "", False, 0, seen, False, 2.0)
     ended = triton_tracing._Ended(trace, 1.0, 9.0, None, {}, EngineFailure("was killed"))
     phases = triton_tracing._phases(ended)
     assert [(p.name, p.start_s, p.end_s, p.complete) for p in phases] == [

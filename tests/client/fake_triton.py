@@ -59,6 +59,15 @@ def flag_of(request: Any, name: str) -> bool | None:
     return None
 
 
+MODEL_LIMITS = {
+    "max_concurrent_requests": 9,
+    "max_best_of": 2,
+    "max_stop_sequences": 4,
+    "max_top_n_tokens": 5,
+    "max_input_tokens": 99,
+    "max_total_tokens": 100,
+}
+
 Script = Callable[[Any, "Call"], Iterator[Any]]
 
 
@@ -111,16 +120,32 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.script: Script = echo
         self.calls: list[Call] = []
         self.model_ready = True
+        self.info: dict[str, Any] = {"model_id": "fake", "device": "cpu", **MODEL_LIMITS}
+        self.template = ""  # the chat template's source
 
     def ModelStreamInfer(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
         for request in requests:
+            if flag_of(request, "model_info"):
+                yield response(final=True, text_output=json.dumps(self.info))
+                continue
+            if "adapter_command" in parameters_of(request):
+                yield response(final=True, text_output='{"adapters": []}')
+                continue
             call = Call(request, context, dict(context.invocation_metadata()))
             context.add_callback(call.left.set)
             self.calls.append(call)
             yield from self.script(request, call)
 
     def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """The tokenizer: a character is a token."""
+        """The tokenizer: a character is a token, and a rendered conversation ends as the template does."""
+        (action,) = strings_of(request, "action") or ["encode"]
+        if action in ("render", "template"):
+            answer = service_pb2.ModelInferResponse(model_name=request.model_name)
+            name = "prompt_text" if action == "render" else "text"
+            answer.outputs.add(name=name, datatype="BYTES", shape=[1])
+            text = self.template.encode()
+            answer.raw_output_contents.append(struct.pack("<I", len(text)) + text)
+            return answer
         ids = [ord(character) for character in (strings_of(request, "text_input") or [""])[0]]
         message = service_pb2.ModelInferResponse(model_name=request.model_name)
         message.outputs.add(name="input_ids", datatype="INT32", shape=[len(ids)])

@@ -15,11 +15,10 @@ import httpx
 import pytest
 import trustme
 
-from textgen_client.gateway.message import MessageReader, Piece
 from textgen_client.gateway.settings import read_api_keys
 
 from ..gateway.running_gateway import Gateway, running_gateway
-from .fake_triton import Call, FakeTriton, Script, echo, response, running_fake
+from .fake_triton import MODEL_LIMITS, Call, FakeTriton, Script, echo, response, running_fake
 
 KEYED = {"Authorization": "Bearer second-key"}
 ROUTES = ["/", "/generate", "/generate_stream", "/invocations", "/vertex", "/tokenize", "/chat_tokenize"]
@@ -80,6 +79,22 @@ def test_57_keys_guard_what_costs(http: httpx.Client) -> None:
         assert unkeyed.get("/metrics").status_code == 503  # open; it is Triton's that are missing here
     for key in ("first-key", "second-key"):
         assert http.post("/generate", json=body(), headers={"Authorization": f"bearer {key}"}).status_code == 200
+
+
+def test_info_is_the_models_own_word(triton: FakeTriton, tmp_path: Any) -> None:
+    """No limit is given to the gateway; and Vertex AI chooses where it asks, by variables."""
+    routes = {"AIP_HEALTH_ROUTE": "/vertex-health", "AIP_PREDICT_ROUTE": "/v1/endpoints/1/deployed/2:predict"}
+    with running_gateway(tmp_path, triton.url, "http://127.0.0.1:1", "--api-key", "k", environment=routes) as gateway:
+        info = httpx.get(gateway.url + "/info").json()
+        assert {name: info[name] for name in MODEL_LIMITS if name in info} == {
+            name: limit for name, limit in MODEL_LIMITS.items() if name != "max_top_n_tokens"
+        }
+        assert httpx.get(gateway.url + "/vertex-health").status_code == 200
+        predict = gateway.url + "/v1/endpoints/1/deployed/2:predict"
+        assert httpx.post(predict, json={"instances": [{"inputs": "a b"}]}).status_code == 401
+        keyed = {"Authorization": "Bearer k"}
+        answer = httpx.post(predict, json={"instances": [{"inputs": "a b"}]}, headers=keyed)
+        assert answer.json() == {"predictions": ["a b"]}
 
 
 def test_browsers_may_send_their_key(http: httpx.Client) -> None:
@@ -254,31 +269,3 @@ def test_keys_are_read_from_both_places(tmp_path: Any) -> None:
     file.write_text("c\n#d\n a \n")
     assert read_api_keys("a, b,", file) == ("a", "b", "c")
     assert read_api_keys(None, None) == ()
-
-
-CALL = '{"name": "f", "arguments": {"a": "}\\"{", "b": [1, {}]}}'
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("plain { text", Piece(content="plain { text")),
-        (CALL, Piece(name="f", arguments='{"a": "}\\"{", "b": [1, {}]}')),
-        (CALL[:20], Piece(content=CALL[:20])),
-        (CALL[:35], Piece(name="f", arguments='{"a": "}')),
-        ("<think>so </thi</think>\nyes", Piece(content="yes", reasoning="so </thi")),
-        ("<think>never ends", Piece(reasoning="never ends")),
-        ("<think>call it</think>" + CALL, Piece(reasoning="call it", name="f", arguments=CALL[27:-1])),
-        ("<thin", Piece(content="<thin")),
-        ("", Piece()),
-    ],
-)
-@pytest.mark.parametrize("size", [1, 3, 1000])
-def test_messages_are_taken_apart_alike_in_any_pieces(text: str, expected: Piece, size: int) -> None:
-    reader = MessageReader(may_call=True)
-    cuts = [text[start : start + size] for start in range(0, len(text), size)]
-    pieces = [reader.read(cut) for cut in cuts] + [reader.read("", is_last=True)]
-    names = [piece.name for piece in pieces if piece.name is not None]
-    assert names == ([] if expected.name is None else [expected.name])
-    for field in ("content", "reasoning", "arguments"):
-        assert "".join(getattr(piece, field) for piece in pieces) == getattr(expected, field)

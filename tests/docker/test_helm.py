@@ -179,7 +179,7 @@ def test_scaling_is_by_queue_and_cache() -> None:
         ({"model": {"pvc": {"claimName": "a"}}, "options": {"MODEL_ID": "/x"}}, "the chart sets it"),
         ({"model": {"pvc": {"claimName": "a"}}, "autoscaling": {"kind": "keda"}}, "prometheusAddress is needed"),
         ({"model": {"pvc": {"claimName": "a"}}, "autoscaling": {"kind": "vpa"}}, "must be hpa, keda or empty"),
-        ({"model": {"pvc": {"claimName": "a"}}, "options": {"NUM_SHARD": 2}}, "not supported"),
+        ({"model": {"pvc": {"claimName": "a"}}, "options": {"SPECULATE": 2}}, "not supported"),
     ],
 )
 def test_what_cannot_work_is_refused_before_it_is_installed(values: dict[str, Any], message: str) -> None:

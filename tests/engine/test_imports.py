@@ -32,6 +32,7 @@ LAYERS = [
         "parameters",
         "host_memory",
         "suspects",
+        "host_devices",
     },
     {
         "block_manager",
@@ -43,8 +44,11 @@ LAYERS = [
         "sampling",
         "kernels",
         "adapters",
+        "parallel.split",
+        "parallel.group",
+        "parallel.linear",
     },
-    {"scheduler", "attention", "models", "batch", "model_runner", "constraints", "warmup"},
+    {"scheduler", "attention", "models", "batch", "model_runner", "constraints", "warmup", "parallel"},
     {"engine"},
     {"process"},
 ]

@@ -23,11 +23,13 @@ from textgen_engine.config import (
     LimitsConfig,
     LoraConfig,
     ModelConfig,
+    ParallelConfig,
     SchedulerConfig,
     SupervisionConfig,
 )
 from textgen_engine.engine import Engine
 from textgen_engine.messages import StepReport
+from textgen_engine.parallel.launch import Ranks
 from textgen_engine.request import (
     FinishReason,
     GenerationRequest,
@@ -190,6 +192,7 @@ def make_config(
     hang_timeout_s: float = 120.0,
     batch_invariant: bool = False,
     lora: LoraConfig | None = None,
+    parallel: ParallelConfig | None = None,
 ) -> EngineConfig:
     """A configuration for one thread on the CPU."""
     return EngineConfig(
@@ -197,6 +200,7 @@ def make_config(
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, prefix_caching=prefix_caching),
         scheduler=SchedulerConfig(max_sequences, tokens_per_step, priority_ageing_s=ageing_s),
         limits=LimitsConfig(max_total_tokens=max_total_tokens),
+        parallel=parallel or ParallelConfig(),
         supervision=SupervisionConfig(max_restarts, hang_timeout_s),
         lora=lora or LoraConfig(),
         log_level="error",
@@ -268,11 +272,11 @@ class Answer:
 class Harness:
     """An engine, stepped by the caller, with every answer collected by request id."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, ranks: Ranks | None = None) -> None:
         self.answers: dict[str, Answer] = {}
         self.started: list[str] = []
         self.reports: list[StepReport] = []
-        self.engine = Engine(config, self._emit)
+        self.engine = Engine(config, self._emit, ranks)
 
     def _emit(self, report: StepReport) -> None:
         self.reports.append(report)

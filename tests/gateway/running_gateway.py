@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,19 @@ class Gateway:
 
 
 @contextlib.contextmanager
-def running_gateway(folder: Path, grpc_url: str, metrics_url: str, *arguments: str) -> Iterator[Gateway]:
-    """A gateway on a free port, up when this yields."""
+def running_gateway(
+    folder: Path, grpc_url: str, metrics_url: str, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Gateway]:
+    """A gateway on a free port, up when this yields. environment: variables beside those of the tests."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = folder / "access.log"
     command = [sys.executable, "-m", "textgen_client.gateway.command", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--triton-url", grpc_url, "--triton-metrics-url", metrics_url, "--model-id", "org/tiny"]
+    variables = {**os.environ, **(environment or {})}
     with log.open("wb") as out:
-        process = subprocess.Popen([*command, *arguments], stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([*command, *arguments], stdout=out, stderr=subprocess.STDOUT, env=variables)
     try:
         scheme = "https" if "--tls-key" in arguments else "http"
         deadline = time.monotonic() + 30

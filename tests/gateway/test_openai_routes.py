@@ -194,7 +194,7 @@ def test_structured_output_with_a_pydantic_model(client: openai.OpenAI) -> None:
 )
 def test_36_37_tools(client: openai.OpenAI, choice: Any, names: set[str | None]) -> None:
     """A call, or text, as chosen; and the same streamed: a name once, arguments in pieces."""
-    asked: Any = {"messages": MESSAGES, "tools": TOOLS, "max_tokens": 60, **GREEDY}
+    asked: Any = {"messages": MESSAGES, "tools": TOOLS, "max_tokens": 60, "parallel_tool_calls": False, **GREEDY}
     asked["extra_body"] = {"grammar_whitespace": "none"}  # of which the random model would write all it may
     if choice is not None:
         asked["tool_choice"] = choice
@@ -219,6 +219,30 @@ def test_36_37_tools(client: openai.OpenAI, choice: Any, names: set[str | None])
     streamed = "".join(call.function.arguments or "" for call in calls if call.function)
     assert streamed == call.function.arguments
     assert content == ""
+
+
+def test_several_calls_in_one_answer(client: openai.OpenAI, http: httpx.Client) -> None:
+    """Allowed unless refused. The random model is pushed by a bias: to the list's bracket, and from call to call."""
+    bracket, comma = (http.post("/tokenize", json={"inputs": text}).json()[0]["id"] for text in "[,")
+    asked: Any = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "required", "max_tokens": 120, **GREEDY}
+    asked |= {"logit_bias": {bracket: 100, comma: 100}, "extra_body": {"grammar_whitespace": "none"}}
+    message = client.chat.completions.create(**asked).choices[0].message
+    calls = [call for call in message.tool_calls or [] if call.type == "function"]
+    assert len(calls) > 1
+    assert len({call.id for call in calls}) == len(calls)
+    streamed: dict[int, list[str]] = {}
+    for chunk in client.chat.completions.create(stream=True, **asked):
+        for delta in chunk.choices[0].delta.tool_calls or []:
+            assert delta.function is not None
+            assert (delta.id is None) == (delta.function.name is None)
+            name, arguments = streamed.setdefault(delta.index, [delta.function.name or "", ""])
+            streamed[delta.index] = [name, arguments + (delta.function.arguments or "")]
+    assert list(streamed) == list(range(len(calls)))
+    assert list(streamed.values()) == [[call.function.name, call.function.arguments] for call in calls]
+    for call in calls[:-1]:  # the last one may be cut by max_tokens
+        assert set(json.loads(call.function.arguments)) == ({"on"} if call.function.name == "light" else {"percent"})
+    one = client.chat.completions.create(parallel_tool_calls=False, **asked).choices[0].message
+    assert len(one.tool_calls or []) == 1
 
 
 def test_38_39_40_conversations(client: openai.OpenAI, http: httpx.Client) -> None:

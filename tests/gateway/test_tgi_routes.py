@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 import text_generation
+from triton_metric_names import FAMILIES
 
 from .running_gateway import Gateway
 
@@ -153,10 +154,11 @@ def test_52_tokens_and_their_places(http: httpx.Client) -> None:
 def test_60_what_is_served(http: httpx.Client) -> None:
     info = http.get("/info").json()
     assert info["model_id"] == "org/tiny"
-    assert info["max_concurrent_requests"] == 128
+    limits = ("max_concurrent_requests", "max_best_of", "max_stop_sequences", "max_input_tokens", "max_total_tokens")
+    assert [info[name] for name in limits] == [64, 2, 4, 960, 1024]
     for route in ("/", "/health", "/ping"):
         assert http.get(route).status_code == 200
-    (model,) = http.get("/v1/models").json()["data"]
+    model, *_ = http.get("/v1/models").json()["data"]
     assert model["id"] == "org/tiny"
     assert "/generate_stream" in http.get("/api-doc/openapi.json").json()["paths"]
     assert http.get("/docs").status_code == 200
@@ -184,6 +186,8 @@ def test_50_metrics_count_requests(http: httpx.Client) -> None:
                 found, since_s = count(), time.monotonic()
         return found
 
+    page = http.get("/metrics").text
+    assert all(f"# TYPE {name} " in page for name in FAMILIES)
     before = settled()
     for _ in range(3):
         generate(http, max_new_tokens=1)

@@ -47,6 +47,8 @@ def traced(receiver: tuple[Receiver, str, str], tmp_path_factory: pytest.TempPat
         "OTLP_ENDPOINT": receiver[1],
         "OTLP_SERVICE_NAME": "tales",
         "OTEL_BSP_SCHEDULE_DELAY": "100",
+        "JSON_OUTPUT": "true",
+        "TEXTGEN_LOG_PROMPTS": "true",
     }
     running = RunningServer(tmp_path_factory.mktemp("traced"), SERVER_ENVIRONMENT | options, ("--gateway-port", "0"))
     try:
@@ -82,7 +84,7 @@ def test_a_request_through_http_is_part_of_its_clients_trace(
         {"Content-Type": "application/json", "traceparent": parent, "tracestate": "vendor=1", "x-request-id": "tale-1"},
     )
     with urllib.request.urlopen(request, timeout=60) as response:
-        assert json.load(response)["generated_text"] is not None
+        text = json.load(response)["generated_text"]
     root, children = root_of(receiver[0], trace_id)
     assert (root.parent_id, root.state, root.service) == (PARENT, "vendor=1", "tales")
     assert root.name == "text_completion textgen"
@@ -108,6 +110,15 @@ def test_a_request_through_http_is_part_of_its_clients_trace(
     assert 0 < told["gen_ai.response.time_to_first_chunk"] <= (root.end - root.start) / 1e9
     assert root.status_code == 0
     assert all(not span.events for span in [root, *children])
+
+    # The log's line of the request leads to the trace; it holds prompt and text, for this server may log them.
+    def logged() -> list[dict[str, Any]]:
+        lines = traced.log.read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{") and '"request_id": "tale-1"' in line]
+
+    wait_until(lambda: any("output_tokens" in line for line in logged()), "logged")
+    (line,) = [line for line in logged() if "output_tokens" in line]
+    assert (line["trace_id"], line["prompt"], line["text"]) == (trace_id, f"Tell me of {SECRET}", [text])
 
 
 def test_a_parameter_serves_as_well(

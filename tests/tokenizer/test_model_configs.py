@@ -25,7 +25,8 @@ def _tensors(tensors: Any) -> dict[str, tuple[int, tuple[int, ...], bool]]:
 def test_the_ensemble_offers_what_textgen_offers() -> None:
     ensemble, textgen = _config("ensemble"), _config("textgen")
     inputs = _tensors(textgen.input)
-    del inputs["cancel"]  # a cancel request has no prompt for the first step
+    for name in ("cancel", "model_info"):
+        del inputs[name]  # such a request has no prompt for the first step
     del inputs["prompt_text"]  # comes from the first step
     assert _tensors(ensemble.input) == inputs
     assert _tensors(ensemble.output) == _tensors(textgen.output)

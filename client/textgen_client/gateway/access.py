@@ -96,8 +96,9 @@ class AccessLog:
 class ApiKeys:
     """Refuses guarded routes (401) without `Authorization: Bearer <one of the keys>`."""
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Iterable[str], open_routes: frozenset[str]) -> None:
         self._app = app
+        self._open_routes = open_routes
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -110,7 +111,7 @@ class ApiKeys:
 
     def _is_open(self, scope: Scope) -> bool:
         path = scope["path"]
-        return path in OPEN_ROUTES or (path == "/" and scope["method"] in ("GET", "HEAD"))
+        return path in self._open_routes or (path == "/" and scope["method"] in ("GET", "HEAD"))
 
     def _is_known(self, scope: Scope) -> bool:
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")

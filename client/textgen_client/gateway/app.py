@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from textgen_client.gateway import access, chat_page, errors, openai, tgi
+from textgen_client.gateway import access, chat_page, clouds, errors, openai, tgi
 from textgen_client.gateway.backend import Backend
 from textgen_client.gateway.settings import VERSION, GatewaySettings
 
@@ -45,12 +45,19 @@ def make_app(settings: GatewaySettings) -> FastAPI:
     )
     app.include_router(tgi.router)
     app.include_router(openai.router)
+    app.include_router(clouds.router)
     app.include_router(chat_page.router)
+    open_routes = set(access.OPEN_ROUTES)
+    if settings.vertex_health_route:
+        app.add_api_route(settings.vertex_health_route, tgi.health, include_in_schema=False)
+        open_routes.add(settings.vertex_health_route)
+    if settings.vertex_predict_route:
+        app.add_api_route(settings.vertex_predict_route, clouds.vertex, methods=["POST"], include_in_schema=False)
     errors.install(app)
     # The last one added is the first one passed.
     app.add_middleware(access.BodyLimit, limit_bytes=settings.payload_limit)
     if settings.api_keys:
-        app.add_middleware(access.ApiKeys, keys=settings.api_keys)
+        app.add_middleware(access.ApiKeys, keys=settings.api_keys, open_routes=frozenset(open_routes))
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(settings.cors_allow_origin),

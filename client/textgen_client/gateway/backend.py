@@ -12,6 +12,7 @@ from fastapi import Request
 
 from textgen_client.aio import AsyncClient, AsyncStream
 from textgen_client.errors import ServerUnavailable
+from textgen_client.gateway.served import Served, Templates
 from textgen_client.gateway.settings import GatewaySettings
 from textgen_client.health import Health
 from textgen_client.results import Generation
@@ -28,6 +29,8 @@ class Backend:
     def __init__(self, settings: GatewaySettings) -> None:
         self.settings = settings
         self.client = AsyncClient(settings.triton_url, model=settings.triton_model)
+        self.served = Served(settings, self.client)
+        self.templates = Templates(self.client)
         self.start_s = time.time()
         self._http = httpx.AsyncClient(timeout=10)
         self._health: Health | None = None

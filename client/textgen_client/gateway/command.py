@@ -18,13 +18,17 @@ from textgen_client.gateway.settings import GatewaySettings, read_api_keys
 
 def serve(
     host: Annotated[str, typer.Option(envvar="HOST", help="Address to listen on.")] = "0.0.0.0",
-    port: Annotated[int, typer.Option(envvar="PORT", min=1, max=65535, help="Port to listen on.")] = 8080,
+    port: Annotated[
+        int, typer.Option(envvar=["AIP_HTTP_PORT", "PORT"], min=1, max=65535, help="Port to listen on.")
+    ] = 8080,
     triton_url: Annotated[str, typer.Option(help="host:port of Triton's gRPC port.")] = "localhost:8001",
     triton_metrics_url: Annotated[
         str, typer.Option(help="Where /metrics comes from.")
     ] = "http://localhost:8002/metrics",
     triton_model: Annotated[str, typer.Option(help="Triton's name of the model.")] = "textgen",
-    model_id: Annotated[str, typer.Option(envvar="MODEL_ID", help="What /info reports.")] = "textgen",
+    model_id: Annotated[
+        str | None, typer.Option(envvar="MODEL_ID", help="What /info reports; else the model says it.")
+    ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(envvar="SERVED_MODEL_NAME", help="What /v1/models lists; from the model id else.")
     ] = None,
@@ -43,15 +47,16 @@ def serve(
     max_client_batch_size: Annotated[
         int, typer.Option(envvar="MAX_CLIENT_BATCH_SIZE", min=1, help="Most prompts of one /v1/completions.")
     ] = 4,
-    max_concurrent_requests: Annotated[
-        int, typer.Option(envvar="MAX_CONCURRENT_REQUESTS", help="What /info reports.")
-    ] = 128,
-    max_best_of: Annotated[int, typer.Option(envvar="MAX_BEST_OF", help="What /info reports.")] = 2,
-    max_stop_sequences: Annotated[int, typer.Option(envvar="MAX_STOP_SEQUENCES", help="What /info reports.")] = 4,
-    max_input_tokens: Annotated[int | None, typer.Option(envvar="MAX_INPUT_TOKENS", help="What /info reports.")] = None,
-    max_total_tokens: Annotated[int | None, typer.Option(envvar="MAX_TOTAL_TOKENS", help="What /info reports.")] = None,
     validation_workers: Annotated[int, typer.Option(envvar="VALIDATION_WORKERS", help="What /info reports.")] = 2,
-    compute_type: Annotated[str, typer.Option(envvar="COMPUTE_TYPE", help="The header x-compute-type.")] = "cpu",
+    compute_type: Annotated[
+        str | None, typer.Option(envvar="COMPUTE_TYPE", help="The header x-compute-type; else from the model's device.")
+    ] = None,
+    vertex_health_route: Annotated[
+        str | None, typer.Option(envvar="AIP_HEALTH_ROUTE", help="Where Vertex AI asks for health, beside /health.")
+    ] = None,
+    vertex_predict_route: Annotated[
+        str | None, typer.Option(envvar="AIP_PREDICT_ROUTE", help="Where Vertex AI predicts, beside /vertex.")
+    ] = None,
     workers: Annotated[int, typer.Option(envvar="GATEWAY_WORKERS", min=1, help="Processes that serve.")] = 1,
     graceful_termination_timeout: Annotated[
         int,
@@ -74,13 +79,10 @@ def serve(
         payload_limit=payload_limit,
         cors_allow_origin=tuple(origin.strip() for origin in cors_allow_origin.split(",")),
         max_client_batch_size=max_client_batch_size,
-        max_concurrent_requests=max_concurrent_requests,
-        max_best_of=max_best_of,
-        max_stop_sequences=max_stop_sequences,
-        max_input_tokens=max_input_tokens,
-        max_total_tokens=max_total_tokens,
         validation_workers=validation_workers,
         compute_type=compute_type,
+        vertex_health_route=vertex_health_route,
+        vertex_predict_route=vertex_predict_route,
         access_log=access_log,
     )
     options = {

@@ -5,15 +5,17 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 VERSION = metadata.version("triton-textgen-client")
 
 
 class GatewaySettings(BaseModel):
-    """One gateway. Limits of the engine stand here only to be reported by /info; the engine enforces its own.
+    """One gateway.
 
-    api_keys: any of them opens the guarded routes; none: everything is open. triton_url: `host:port` of gRPC.
+    api_keys: any of them opens the guarded routes; none: everything is open. triton_url: `host:port` of gRPC. model_id:
+    what /info reports in place of the model's own word. compute_type: None derives it from the model's device.
+    vertex_*: the paths at which Vertex AI asks and predicts, beside the usual ones.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -21,9 +23,8 @@ class GatewaySettings(BaseModel):
     triton_url: str = "localhost:8001"
     triton_metrics_url: str = "http://localhost:8002/metrics"
     triton_model: str = "textgen"
-    model_id: str = "textgen"
+    model_id: str | None = None
     served_model_name: str | None = None
-    lora_adapters: tuple[str, ...] = ()
 
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
     payload_limit: int = Field(default=2_000_000, ge=1)
@@ -31,25 +32,17 @@ class GatewaySettings(BaseModel):
     max_client_batch_size: int = Field(default=4, ge=1)
     access_log: bool = True
 
-    compute_type: str = "cpu"
-    max_concurrent_requests: int = 128
-    max_best_of: int = 2
-    max_stop_sequences: int = 4
-    max_input_tokens: int | None = None
-    max_total_tokens: int | None = None
+    compute_type: str | None = None
     validation_workers: int = 2
+    vertex_health_route: str | None = None
+    vertex_predict_route: str | None = None
 
-    @property
-    def model_name(self) -> str:
-        """The name under which OpenAI's routes list the model."""
-        if self.served_model_name:
-            return self.served_model_name
-        return Path(self.model_id).name if self.model_id.startswith(("/", ".")) else self.model_id
-
-    @property
-    def model_aliases(self) -> frozenset[str]:
-        """Names in `model` that mean the served model; "tgi" is what TGI's documentation writes there."""
-        return frozenset({self.model_name, self.model_id, self.triton_model, "tgi"})
+    @field_validator("vertex_health_route", "vertex_predict_route")
+    @classmethod
+    def _is_path(cls, path: str | None) -> str | None:
+        if path is not None and not path.startswith("/"):
+            raise ValueError(f"a route begins with a slash; given: {path!r}")
+        return path
 
 
 def read_api_keys(value: str | None, file: Path | None) -> tuple[str, ...]:

@@ -30,6 +30,11 @@ def event(content: Any) -> bytes:
     return f"data: {text}\n\n".encode()
 
 
+def named_event(name: str, content: Any) -> bytes:
+    """One event with a name, that carries JSON."""
+    return b"event: " + name.encode() + b"\n" + event(content)
+
+
 class EventStream(StreamingResponse):
     """Sends events until they end or the client leaves; then `events` is closed, wherever it waits."""
 

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from textgen_engine.errors import (
     NotReady,
     Overloaded,
 )
+from textgen_engine.host_devices import visible_gpus
 from textgen_engine.logs import configure_logging
 from textgen_engine.messages import StepReport
 from textgen_engine.parameters import ParameterLimits
@@ -95,7 +97,10 @@ class TritonPythonModel:
             limit = self._config.limits.max_concurrent_requests
             if self._finalizing:
                 self._answer_at_once(live, NotReady("the server is stopping"))
-            elif self._responder.num_live >= limit and not _is_cancel(request):
+            elif _is(triton_io.is_info_request, request):
+                # Nothing of it is counted, and a full server answers it: it is no request to generate.
+                triton_io.send(live.sender, triton_io.info_response(self._config, self._info), final=True)
+            elif self._responder.num_live >= limit and not _is(triton_io.is_cancel_request, request):
                 self._metrics.count("tgi_request_count")
                 self._trace(live, request)
                 error = Overloaded(f"{limit} requests are live (max_concurrent_requests)")
@@ -124,7 +129,7 @@ class TritonPythonModel:
 
     def _admit(self, live: LiveRequest, request: Any) -> None:
         try:
-            if _is_cancel(request):
+            if _is(triton_io.is_cancel_request, request):
                 self._cancel_by_id(live)
                 return
             self._metrics.count("tgi_request_count")
@@ -158,6 +163,8 @@ class TritonPythonModel:
             prompt_ids, prompt_text = parsed.input_ids, parsed.prompt_text
         else:
             prompt_ids, prompt_text = _tokenize(request, parsed)
+        if self._config.log_prompts:
+            live.logged_prompt, live.logged_texts = prompt_text, {}
         generation_request = triton_io.build_request(
             parsed,
             request_id=live.key,
@@ -177,6 +184,10 @@ class TritonPythonModel:
             raise Cancelled("ended before it was queued")
         if self._tracer is not None:
             self._tracer.note_submitted(live)
+        if generation_request.prompt_token_ids:  # a grammar check or an adapter command generates nothing
+            room = self._info.max_total_tokens - len(generation_request.prompt_token_ids)
+            wanted = generation_request.stopping.max_new_tokens
+            self._metrics.note_queued(room if wanted is None else wanted)
         self._engine.submit(generation_request)
         self._responder.note_submitted(live)
         if live.cancelled:  # between the check and the submission
@@ -218,7 +229,10 @@ class TritonPythonModel:
     def _on_report(self, report: StepReport) -> None:
         if self._tracer is not None:
             self._tracer.note_report(report)
-        for live in self._responder.deliver(report):
+        begun_s = time.monotonic()
+        completed = self._responder.deliver(report)
+        deliver_s = time.monotonic() - begun_s
+        for live in completed:
             if live.error is not None:
                 self._note_failure(live, live.error)
                 continue
@@ -230,10 +244,11 @@ class TritonPythonModel:
                 num_input=live.num_input_tokens,
                 num_output=sum(live.num_tokens.values()),
                 validation_s=live.validation_s,
+                adapter_id=live.adapter_id,
             )
         # Last, so that gauges never show a request as gone that is not yet answered and counted.
         if report.metrics is not None:
-            self._metrics.note_step(report.metrics)
+            self._metrics.note_step(report.metrics, deliver_s)
 
     def _on_client_gone(self, live: LiveRequest) -> None:
         live.cancelled = True
@@ -253,9 +268,10 @@ def _tokenize(request: Any, parsed: triton_io.ParsedRequest) -> tuple[list[int],
     return triton_io.read_tokenizer_response(triton_io.tokenizer_request(request, parsed).exec())
 
 
-def _is_cancel(request: Any) -> bool:
+def _is(kind: Callable[[Any], bool], request: Any) -> bool:
+    """Whether a request is of a kind; one that is malformed is of none, and refused where it is parsed."""
     try:
-        return triton_io.is_cancel_request(request)
+        return kind(request)
     except EngineError:
         return False
 
@@ -263,9 +279,5 @@ def _is_cancel(request: Any) -> bool:
 def _read_config(args: dict[str, str]) -> EngineConfig:
     model_config = json.loads(args["model_config"])
     parameters = {name: value["string_value"] for name, value in model_config.get("parameters", {}).items()}
-    return build_config(parameters, os.environ, has_gpu=_has_gpu())
-
-
-def _has_gpu() -> bool:
-    # Without importing torch: the driver's device nodes are there, and not hidden from this process.
-    return Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
+    num_gpus = visible_gpus()
+    return build_config(parameters, os.environ, has_gpu=num_gpus > 0, num_gpus=num_gpus or None)

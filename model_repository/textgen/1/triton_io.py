@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from textgen_engine.config import GrammarConfig
+from textgen_engine.config import EngineConfig, GrammarConfig
 from textgen_engine.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -121,6 +121,11 @@ def _context_of(given: Any) -> dict[str, str]:
     if not isinstance(given, dict):
         return {}
     return {name: given[name] for name in _TRACE_CONTEXT if isinstance(given.get(name), str)}
+
+
+def is_info_request(request: Any) -> bool:
+    """True for a request whose `model_info` input is true: it asks what is served. Raises InvalidParameter."""
+    return _flag(request, "model_info") is True
 
 
 def parse_request(
@@ -379,7 +384,8 @@ def _grammar_spec(parameters: RequestParameters, config: GrammarConfig) -> Gramm
         choice = "auto" if parameters.tool_choice is None else parameters.tool_choice
         # An empty list of tools asks for nothing, like no list at all.
         if parameters.tools or parameters.tool_choice is not None:
-            value = {"type": "tools", "value": {"tools": list(parameters.tools), "tool_choice": choice}}
+            several = {"parallel_tool_calls": True} if parameters.parallel_tool_calls else {}
+            value = {"type": "tools", "value": {"tools": list(parameters.tools), "tool_choice": choice, **several}}
     elif parameters.tool_choice not in (None, "none", "auto"):
         raise ToolError(f"`tool_choice` {parameters.tool_choice!r:.100} needs `tools`; given: none")
     if value is None:
@@ -471,6 +477,22 @@ def output_response(
 def text_response(text: str) -> Any:
     """A response with text alone."""
     return pb_utils.InferenceResponse([_string_tensor("text_output", [text])])
+
+
+def info_response(config: EngineConfig, info: EngineInfo) -> Any:
+    """The answer to a request for `model_info`: what is served and its limits, as JSON text."""
+    limits = config.limits
+    told = {
+        "model_id": config.model.model_id,
+        "device": config.model.device,
+        "max_concurrent_requests": limits.max_concurrent_requests,
+        "max_best_of": limits.max_best_of,
+        "max_stop_sequences": limits.max_stop_sequences,
+        "max_top_n_tokens": limits.max_top_n_tokens,
+        "max_input_tokens": info.max_input_tokens,
+        "max_total_tokens": info.max_total_tokens,
+    }
+    return text_response(json.dumps(told, ensure_ascii=False))
 
 
 def keep_alive_response() -> Any:

@@ -1,6 +1,6 @@
 """One log line per request: its id, what went in and came out, how long each stage took, how it ended.
 
-Never a prompt and never a text. Knows `LiveRequest`, nothing of Triton.
+Never a prompt and never a text, unless TEXTGEN_LOG_PROMPTS asks for both. Knows `LiveRequest`, nothing of Triton.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def note_answered(live: LiveRequest) -> None:
             facts["first_token_s"] = round(times.first_token_s - times.arrival_s, 6)
         facts["inference_s"] = round(times.finished_s - times.scheduled_s, 6)
         facts["total_s"] = round(times.finished_s - times.arrival_s, 6)
+    facts.update(_asked_for(live))
     logger.info("request", extra={"facts": facts})
 
 
@@ -47,7 +48,7 @@ def note_failed(live: LiveRequest, error: EngineError) -> None:
     level = logging.ERROR if error.public_type == "generation" else logging.INFO
     if not logger.isEnabledFor(level):
         return
-    facts = {
+    facts: dict[str, Any] = {
         "request_id": live.client_id or live.key,
         "error_type": error.public_type,
         "output_tokens": sum(live.num_tokens.values()),
@@ -55,4 +56,17 @@ def note_failed(live: LiveRequest, error: EngineError) -> None:
     }
     if live.adapter_id is not None:
         facts["adapter"] = live.adapter_id
+    facts.update(_asked_for(live))
     logger.log(level, "request failed", extra={"facts": facts})
+
+
+def _asked_for(live: LiveRequest) -> dict[str, Any]:
+    """The trace that tells more of the request, where there is one; prompt and texts, where the log may hold them."""
+    facts: dict[str, Any] = {}
+    if live.trace is not None:
+        facts["trace_id"] = live.trace.trace_id
+    if live.logged_prompt is not None:
+        facts["prompt"] = live.logged_prompt
+    if live.logged_texts:
+        facts["text"] = [live.logged_texts[choice] for choice in sorted(live.logged_texts)]
+    return facts

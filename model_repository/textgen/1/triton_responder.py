@@ -42,7 +42,8 @@ class LiveRequest:
     """One admitted request in the stub, from its arrival to its final flag.
 
     key: unique in the server's life, the engine's name for it. client_id: the id the client gave, maybe empty. trace:
-    the tracer's, None where the request is not traced or its trace has ended.
+    the tracer's, None where the request is not traced or its trace has ended. logged_prompt, logged_texts: for the log,
+    where it may hold them (TEXTGEN_LOG_PROMPTS), else None.
     """
 
     key: str
@@ -56,6 +57,8 @@ class LiveRequest:
     submitted: bool = False
     cancelled: bool = False
     trace: RequestTrace | None = None
+    logged_prompt: str | None = None
+    logged_texts: dict[int, str] | None = None
     # Held to ask the sender about cancellation and to send the final flag: Triton frees what is asked once that flag
     # is sent, and a question that comes later ends the whole server with SIGSEGV.
     sender_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -157,6 +160,8 @@ class Responder:
                     live.gathered[output.choice].merge(output)
                 else:
                     live.gathered[output.choice] = output
+                if live.logged_texts is not None:
+                    live.logged_texts[output.choice] = live.logged_texts.get(output.choice, "") + output.text
                 live.num_tokens[output.choice] = live.num_tokens.get(output.choice, 0) + len(output.token_ids)
                 live.num_gathered_tokens += len(output.token_ids)
                 if output.finish_reason is not None:

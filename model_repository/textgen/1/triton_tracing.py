@@ -47,6 +47,7 @@ class RequestTrace:
     """
 
     span: Any
+    trace_id: str
     wants_tokens: bool
     offset_ns: int
     seen: Timings
@@ -143,7 +144,9 @@ class Tracer:
             start_time=_wall_ns(live.arrival_s, offset_ns),
         )
         if span.is_recording():
-            live.trace = RequestTrace(span, self._wants_tokens, offset_ns, Timings(live.arrival_s))
+            live.trace = RequestTrace(
+                span, f"{span.get_span_context().trace_id:032x}", self._wants_tokens, offset_ns, Timings(live.arrival_s)
+            )
 
     def note_parsed(self, live: LiveRequest, parsed: ParsedRequest) -> None:
         """Put what the client asked on the root span."""
@@ -259,8 +262,8 @@ def _asked(parsed: ParsedRequest) -> Iterator[tuple[str, Any]]:
     """What the client asked, as attributes; what it left open is left out."""
     parameters = parsed.parameters
     sampling, stopping = parameters.sampling, parameters.stopping
-    if parameters.grammar_check is not None:
-        yield "gen_ai.operation.name", "grammar_check"
+    if parsed.prompt_form is None:
+        yield "gen_ai.operation.name", "adapter_command" if parameters.adapter_command else "grammar_check"
         return
     yield "gen_ai.operation.name", "chat" if parsed.prompt_form == "messages" else "text_completion"
     yield "gen_ai.request.stream", parsed.options.stream

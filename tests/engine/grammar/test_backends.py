@@ -93,6 +93,22 @@ CORPUS: list[tuple[str, Any, list[str], list[str]]] = [
         ['{"name":"find","arguments":{"q":"x"}}'],
         ['{"name":"sum","arguments":{"name":"A","age":1}}'],
     ),
+    (
+        "tools",
+        {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": True},
+        [
+            '{"name":"find","arguments":{"q":"x"}}',
+            '[{"name":"find","arguments":{"q":"x"}}]',
+            '[{"name":"find","arguments":{"q":"x"}}, {"name":"sum","arguments":{"name":"A","age":1}}]',
+        ],
+        ["[]", '["x"]', '[{"name":"find","arguments":{"q":"x"}}', "hello", '[{"name":"other","arguments":{}}]'],
+    ),
+    (
+        "tools",
+        {"tools": TOOLS, "tool_choice": "find", "parallel_tool_calls": True},
+        ['{"name":"find","arguments":{"q":"x"}}'],
+        ['[{"name":"find","arguments":{"q":"x"}}]'],
+    ),
 ]
 NO_GRAMMARS = {"lmfe": {"lark", "ebnf"}, "xgrammar": {"lark"}}
 

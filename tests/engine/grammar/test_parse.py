@@ -79,6 +79,9 @@ def test_tool_choice(choice: object, mode: str, names: list[str]) -> None:
     content = json.loads(spec.value)
     assert content["mode"] == mode
     assert [tool["name"] for tool in content["tools"]] == names
+    several = parse({"type": "tools", "value": {"tools": tools, "tool_choice": choice, "parallel_tool_calls": True}})
+    assert several is not None
+    assert json.loads(several.value).get("parallel", False) == (len(names) > 1)  # a tool named is one call
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,15 @@ from textgen_engine.kv_cache import KVCache
 from textgen_engine.scheduler import ScheduledBatch, ScheduledSequence
 
 
+@dataclass(frozen=True)
+class StepLists:
+    """Token ids, logits rows and (padded) block tables on the host, for whoever sends them on."""
+
+    input_ids: list[int]
+    logits_rows: list[int]
+    block_tables: list[list[int]]
+
+
 @dataclass
 class BatchInputs:
     """One step's tensors, on the model's device.
@@ -22,6 +31,7 @@ class BatchInputs:
     sampled: entries (of the scheduled batch) whose last known token is in this step.
     adapters: the rows of each LoRA adapter; None: no sequence of the step has one.
     prompt_scored: entries whose prompt's log-probabilities were asked for.
+    lists: what some of the tensors were made from; None where they came from another process.
     """
 
     input_ids: torch.Tensor
@@ -31,6 +41,7 @@ class BatchInputs:
     sampled: list[ScheduledSequence]
     prompt_scored: list[ScheduledSequence]
     adapters: StepAdapters | None = None
+    lists: StepLists | None = None
 
 
 def build_inputs(batch: ScheduledBatch, cache: KVCache, device: torch.device) -> BatchInputs:
@@ -79,6 +90,7 @@ def build_inputs(batch: ScheduledBatch, cache: KVCache, device: torch.device) ->
         sampled=[entry for entry, _ in sampled],
         prompt_scored=[entry for entry, _ in scored],
         adapters=_adapters(entries, [(entry, 1) for entry, _ in sampled] + [(e, e.num_tokens) for e, _ in scored]),
+        lists=StepLists(input_ids, rows, block_tables),
     )
 
 

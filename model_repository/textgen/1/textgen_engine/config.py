@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import urllib.parse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from textgen_engine.adapters.spec import AdapterSpec, parse_adapters
@@ -93,6 +93,15 @@ OPTIONS: tuple[Option, ...] = (
         False,
         "results equal to the last bit whatever the batch, at about half the speed (CPU, float32)",
     ),
+    # One model over several processes and hosts.
+    _tgi("num_shard", int, None, "ranks the model is split over; default: all visible GPUs, 1 on CPU", minimum=1),
+    _tgi("sharded", bool, None, "false: one rank; true: refuse to start with only one"),
+    _own("collective_timeout_s", float, 60.0, "a rank that is not heard of for so long counts as lost", minimum=1),
+    _own("num_nodes", int, 1, "hosts the ranks are spread over evenly; the others run scripts/worker.py", minimum=1),
+    _own("join_timeout_s", float, 600.0, "longest wait for ranks on other hosts, in seconds", minimum=1),
+    _own("group_secret", str, None, "with several hosts: a secret that all of them share"),
+    _tgi("master_addr", str, None, "with several hosts: address of this one that the others reach"),
+    _tgi("master_port", int, 29500, "with several hosts: port the ranks meet at", minimum=1, maximum=65535),
     # Limits of one request.
     _tgi("max_best_of", int, 2, "largest best_of and n", minimum=1),
     _tgi("max_stop_sequences", int, 4, "most stop strings", minimum=0),
@@ -221,6 +230,12 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _tgi("log_level", str, "info", "what is logged", choices=("debug", "info", "warning", "error")),
     _tgi("json_output", bool, False, "log lines as JSON objects"),
+    _own(
+        "log_prompts",
+        bool,
+        False,
+        "the line of a request holds its prompt and its text: for debugging, never by default",
+    ),
     # Traces.
     _tgi("otlp_endpoint", str, None, "URL of the OpenTelemetry collector that gets a trace of each request"),
     _tgi("otlp_service_name", str, "text-generation-inference.router", "service.name of the traces"),
@@ -239,8 +254,6 @@ OPTIONS: tuple[Option, ...] = (
 # Options of TGI's launcher that mean something here but that this version cannot honour: name -> harmless values.
 UNSUPPORTED_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "quantize": ("",),
-    "num_shard": ("", "1"),
-    "sharded": ("", "false"),
     "speculate": ("", "0"),
     "kv_cache_dtype": ("", "auto"),
     "rope_scaling": ("",),
@@ -262,6 +275,24 @@ class ModelConfig:
     device: str = "cpu"
     batch_invariant: bool = False
     num_threads: int | None = None
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Over how many processes, on how many hosts, the model is split, and when one that does not answer counts as
+    lost. master_address, master_port and secret are for several hosts."""
+
+    world_size: int = 1
+    num_nodes: int = 1
+    collective_timeout_s: float = 60.0
+    join_timeout_s: float = 600.0
+    master_address: str = ""
+    master_port: int = 0
+    secret: str = field(default="", repr=False)
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.world_size // self.num_nodes
 
 
 @dataclass(frozen=True)
@@ -384,6 +415,7 @@ class EngineConfig:
     """Everything, as the rooms receive it in parts."""
 
     model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -395,13 +427,17 @@ class EngineConfig:
     lora: LoraConfig = LoraConfig()
     log_level: str = "info"
     json_output: bool = False
+    log_prompts: bool = False
 
 
-def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, has_gpu: bool = False) -> EngineConfig:
+def build_config(
+    parameters: Mapping[str, str], environ: Mapping[str, str], *, has_gpu: bool = False, num_gpus: int | None = None
+) -> EngineConfig:
     """One EngineConfig from config.pbtxt's parameters and the environment; the environment wins.
 
-    has_gpu chooses the device and the defaults that depend on it. Raises ConfigError for an unknown name, a value out
-    of range, a combination that cannot work, or an option this version does not support.
+    has_gpu chooses the device and the defaults that depend on it, num_gpus (1 unless given) how many of them. Raises
+    ConfigError for an unknown name, a value out of range, a combination that cannot work, or an option this version
+    does not support.
     """
     values = _read_values(parameters, environ)
     model_id = values["model_id"]
@@ -416,6 +452,12 @@ def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, h
         raise ConfigError(f"MAX_INPUT_TOKENS ({max_input}) must be less than MAX_TOTAL_TOKENS ({max_total})")
     if values["batch_invariant"] and (has_gpu or values["dtype"] not in ("auto", "float32")):
         raise ConfigError("TEXTGEN_BATCH_INVARIANT is for float32 on the CPU; this version has no such mode elsewhere")
+    parallel = _parallel_config(values, (num_gpus or 1) if has_gpu else None)
+    if values["batch_invariant"] and parallel.world_size > 1:
+        raise ConfigError("TEXTGEN_BATCH_INVARIANT needs NUM_SHARD=1: sums over ranks depend on the batch")
+    lora = _read_lora(values)
+    if lora.is_enabled and parallel.world_size > 1:
+        raise ConfigError("LoRA adapters (LORA_ADAPTERS, TEXTGEN_ADAPTER_FOLDER) need NUM_SHARD=1")
     max_sequences = values["max_batch_size"]
     max_tokens_per_step = values["max_batch_prefill_tokens"] or (4096 if has_gpu else 512)
     if max_sequences is None:
@@ -438,6 +480,7 @@ def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, h
             batch_invariant=values["batch_invariant"],
             num_threads=values["num_threads"],
         ),
+        parallel=parallel,
         cache=CacheConfig(
             block_size=block_size,
             num_blocks=None if cache_tokens is None else -(-cache_tokens // block_size),
@@ -494,9 +537,10 @@ def build_config(parameters: Mapping[str, str], environ: Mapping[str, str], *, h
             sample_ratio=values["trace_sample_ratio"],
             token_events=values["trace_tokens"],
         ),
-        lora=_read_lora(values),
+        lora=lora,
         log_level=values["log_level"],
         json_output=values["json_output"],
+        log_prompts=values["log_prompts"],
     )
 
 
@@ -516,6 +560,32 @@ def _read_lora(values: Mapping[str, Any]) -> LoraConfig:
             "TEXTGEN_BATCH_INVARIANT does not go with LoRA adapters (LORA_ADAPTERS, TEXTGEN_ADAPTER_FOLDER)"
         )
     return lora
+
+
+def _parallel_config(values: Mapping[str, Any], num_gpus: int | None) -> ParallelConfig:
+    """num_gpus: of this host, None without any."""
+    num_nodes, world_size = values["num_nodes"], values["num_shard"]
+    if world_size is None:
+        world_size = 1 if values["sharded"] is False else (num_gpus or 1) * num_nodes
+    if values["sharded"] and world_size == 1:
+        raise ConfigError("SHARDED=true needs NUM_SHARD of at least 2, or as many GPUs")
+    if world_size % num_nodes:
+        raise ConfigError(f"NUM_SHARD ({world_size}) must be a multiple of TEXTGEN_NUM_NODES ({num_nodes})")
+    if num_gpus is not None and world_size // num_nodes > num_gpus:
+        raise ConfigError(f"NUM_SHARD ({world_size}) needs {world_size // num_nodes} GPUs here; {num_gpus} are visible")
+    if num_nodes > 1:
+        for name, given in (("MASTER_ADDR", values["master_addr"]), ("TEXTGEN_GROUP_SECRET", values["group_secret"])):
+            if not given:
+                raise ConfigError(f"TEXTGEN_NUM_NODES={num_nodes} needs {name}, the same on every host")
+    return ParallelConfig(
+        world_size=world_size,
+        num_nodes=num_nodes,
+        collective_timeout_s=values["collective_timeout_s"],
+        join_timeout_s=values["join_timeout_s"],
+        master_address=values["master_addr"] or "",
+        master_port=values["master_port"],
+        secret=values["group_secret"] or "",
+    )
 
 
 def _read_values(parameters: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, Any]:

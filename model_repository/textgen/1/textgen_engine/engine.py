@@ -19,13 +19,9 @@ import torch
 from textgen_engine.adapters.layers import AdapterLayers
 from textgen_engine.adapters.registry import AdapterRegistry
 from textgen_engine.adapters.spec import AdapterHandle
-from textgen_engine.attention.base import AttentionBackend
-from textgen_engine.attention.compiled import CompiledBackend
-from textgen_engine.attention.invariant import InvariantBackend
-from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.batch import BatchInputs, build_inputs
 from textgen_engine.block_manager import BlockManager
-from textgen_engine.config import EngineConfig, ModelConfig
+from textgen_engine.config import EngineConfig
 from textgen_engine.constraints import Accepted, Constraints, as_engine_error
 from textgen_engine.detokenizer import Detokenizer, TextStream
 from textgen_engine.errors import (
@@ -37,16 +33,18 @@ from textgen_engine.errors import (
     GrammarError,
     InvalidParameter,
     PromptTooLong,
+    RankFailure,
     Unsupported,
 )
 from textgen_engine.grammar import CompiledGrammar, GrammarCompiler, grammar_limits
 from textgen_engine.grammar.check import GrammarVerdict
-from textgen_engine.kernels.cpu import CpuKernels, load_kernels
 from textgen_engine.kv_cache import KVCache
 from textgen_engine.messages import EngineInfo, StepReport
 from textgen_engine.metrics import EngineGauges, StepMetrics
-from textgen_engine.model_runner import ModelRunner, num_cache_blocks
-from textgen_engine.models.loader import LoadedModel, load_model
+from textgen_engine.model_runner import ModelRunner, num_cache_blocks, rank_memory
+from textgen_engine.models.loader import LoadedModel
+from textgen_engine.parallel.launch import Ranks
+from textgen_engine.parallel.worker import ReportMemory, prepare
 from textgen_engine.request import FinishReason, GenerationRequest, Timings, TokenDetail, TokenOutput
 from textgen_engine.sampling.sampler import PromptLogprobs, SampledTokens, Sampler, prompt_logprobs
 from textgen_engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
@@ -98,28 +96,35 @@ class _LiveRequest:
 
 @dataclass(slots=True)
 class _Launched:
-    """A step whose work is on the device: what `_collect` needs to read it back."""
+    """A step whose work is on the device since launched_s: what `_collect` needs to read it back."""
 
     batch: ScheduledBatch
     sequences: list[Sequence]
     tokens: SampledTokens | None
     errors: dict[Sequence, EngineError]
     scored: list[tuple[ScheduledSequence, PromptLogprobs]]
+    launched_s: float
 
 
 class Engine:
     """Owns every room of the engine. `emit` is called from the loop's thread, at most twice per step."""
 
-    def __init__(self, config: EngineConfig, emit: Callable[[StepReport], None]) -> None:
-        """Load the model and allocate everything. Raises ModelLoadError or ConfigError."""
-        if config.model.num_threads is not None:
-            torch.set_num_threads(config.model.num_threads)
-        kernels = load_kernels(torch.get_num_threads()) if config.model.device == "cpu" else None
-        backend = _choose_backend(config.model, kernels)
-        loaded = load_model(config.model, backend, kernels, fused=not config.lora.is_enabled)
+    def __init__(self, config: EngineConfig, emit: Callable[[StepReport], None], ranks: Ranks | None = None) -> None:
+        """Load the model and allocate everything; with `ranks`, as rank 0 of them. Raises ModelLoadError or
+        ConfigError, and RankFailure when a rank is lost meanwhile."""
+        self._ranks = ranks
+        fused = not config.lora.is_enabled
+        if ranks is None:
+            loaded, backend = prepare(config.model, None, fused=fused)
+        else:
+            loaded, backend = prepare(ranks.model, ranks.shard, fused=fused)
         layers = AdapterLayers(loaded.model, loaded.dtype, loaded.device) if config.lora.is_enabled else None
         self._adapters = AdapterRegistry(config.lora, layers, self._notify)
         self._reported_adapters = self._adapters.specs
+        collectives = None
+        if ranks is not None:
+            collectives = ranks.join()
+            loaded.connect(collectives)
         num_slots = config.scheduler.max_num_sequences
         longest = config.limits.max_total_tokens or loaded.max_positions
         self._sampler = Sampler(
@@ -132,10 +137,23 @@ class Engine:
         num_blocks = config.cache.num_blocks
         if num_blocks is None:
             step_bytes = measure_largest_step(
-                loaded, backend, self._sampler, config.cache, config.scheduler, config.limits.max_top_n_tokens
+                loaded,
+                backend,
+                self._sampler,
+                config.cache,
+                config.scheduler,
+                config.limits.max_top_n_tokens,
+                collectives,
             )
+            memory = [rank_memory(config.cache, loaded, step_bytes)]
+            if collectives is not None:
+                collectives.send(ReportMemory(config.cache, step_bytes))
+                memory = collectives.collect(memory[0])
             num_blocks = num_cache_blocks(
-                config.cache, loaded, max_useful_tokens=longest * num_slots, step_bytes=step_bytes
+                config.cache,
+                memory,
+                is_cpu=loaded.device.type == "cpu",
+                max_useful_tokens=longest * num_slots,
             )
             logger.info("the largest step takes %.0f MiB; %d KV blocks", step_bytes / 2**20, num_blocks)
         self.info = _derive_info(config, loaded, num_blocks)
@@ -148,7 +166,8 @@ class Engine:
         )
         self._blocks = BlockManager(num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching)
         self._scheduler = Scheduler(config.scheduler, self._blocks)
-        self._runner = ModelRunner(loaded, backend, cache, layers)
+        self._runner = ModelRunner(loaded, backend, cache, layers, collectives)
+        assert loaded.tokenizer is not None
         self._tokenizer = loaded.tokenizer
         self._detokenizer = Detokenizer(loaded.tokenizer)
         self._constraints = Constraints(
@@ -219,11 +238,13 @@ class Engine:
                         self._wake.wait(timeout=_MASK_POLL_S if self._any_held else _NOTHING_TO_RUN_S)
         self._constraints.close()
         self._adapters.close()
+        if self._ranks is not None:
+            self._ranks.close()
 
     def step(self) -> bool:
         """One turn of the loop; False when there was nothing to run."""
         now_s = time.monotonic()
-        report = StepReport(metrics=StepMetrics())
+        report = StepReport(metrics=StepMetrics(), time_s=now_s)
         self._adapters.free_unused(live.adapter for live in self._live.values())
         self._take_arrivals(report)
         self._take_cancellations(report)
@@ -254,8 +275,8 @@ class Engine:
         try:
             self._collect(self._launch(batch), report)
             return
-        except torch.AcceleratorError:
-            raise  # the device is lost to this process: no later step can succeed, so the process has to end
+        except (torch.AcceleratorError, RankFailure):
+            raise  # the device or a rank is lost: no later step can succeed, so the process has to end
         except Exception as error:  # the one broad catch: the requests fail, the engine goes on
             reason = type(error).__name__
             # Copied blocks may have been written over since, and what has advanced cannot be run again.
@@ -268,6 +289,8 @@ class Engine:
         # Out of the except clause, so that the traceback no longer keeps the failed step's tensors alive.
         self._runner.release_unused_memory()
         if not can_repeat:
+            assert report.metrics is not None
+            report.metrics.has_failed = True
             failure = EngineFailure(f"the engine could not run a step ({reason})")
             for request_id in {entry.sequence.request.request_id for entry in batch.entries}:
                 self._fail(request_id, failure, report)
@@ -289,6 +312,7 @@ class Engine:
     def _launch(self, batch: ScheduledBatch) -> _Launched:
         """Put the step on the device: forward pass, then sampling. Reads nothing back."""
         inputs = build_inputs(batch, self._runner.cache, self._runner.device)
+        launched_s = time.monotonic()
         masks = self._constraints.start_masks([entry.sequence for entry in inputs.sampled])
         try:
             logits = self._runner.forward(inputs, batch.copies)
@@ -310,7 +334,7 @@ class Engine:
                 [sequence.num_output_tokens for sequence in sequences],
                 None if masks is None else masks.rows([inputs.sampled[row].sequence for row in rows], logits.device),
             )
-        return _Launched(batch, sequences, tokens, errors, self._score_prompts(inputs, logits))
+        return _Launched(batch, sequences, tokens, errors, self._score_prompts(inputs, logits), launched_s)
 
     def _rows_to_sample(
         self, entries: list[ScheduledSequence], errors: dict[Sequence, EngineError]
@@ -368,12 +392,17 @@ class Engine:
 
     def _collect(self, launched: _Launched, report: StepReport) -> None:
         """Read the step back: append tokens, check stops, free what ended, say what is new."""
+        metrics = report.metrics
+        assert metrics is not None
         for entry, scores in launched.scored:
             self._note_prompt_scores(entry, scores)
+        if not metrics.forward_s:  # not a later half of a step that failed as a whole
+            metrics.prepare_s = launched.launched_s - report.time_s
+        token_ids = [] if launched.tokens is None else launched.tokens.token_ids.tolist()
+        report.time_s = now_s = time.monotonic()
+        metrics.forward_s += now_s - launched.launched_s
         if launched.tokens is None:
             return
-        token_ids = launched.tokens.token_ids.tolist()
-        report.time_s = now_s = time.monotonic()
         exhausted = None if launched.tokens.exhausted is None else launched.tokens.exhausted.tolist()
         reader = _ScoreReader(launched.tokens)
         for row, (sequence, token_id) in enumerate(zip(launched.sequences, token_ids, strict=True)):
@@ -401,6 +430,7 @@ class Engine:
             if sequence.choice == 0 and sequence.num_output_tokens == 1 and live.request.output.prompt_logprobs:
                 output.prompt_details = self._prompt_details(live)
             self._deliver(live, choice, output, report)
+        metrics.decode_s += time.monotonic() - now_s
 
     def _append_token(self, choice: _Choice, output: TokenOutput, token_id: int, *, is_complete: bool) -> None:
         """Append one token to its choice; the output gets its text, and a finish reason when it was the last.
@@ -718,21 +748,32 @@ class Engine:
             report.metrics.inter_token_s.append(now_s - choice.last_token_s)
         choice.last_token_s = now_s
         report.metrics.num_generated_tokens += num_tokens
+        if num_tokens > 1:
+            report.metrics.skipped_tokens.append(num_tokens - 1)
 
     def _measure(self, batch: ScheduledBatch, report: StepReport, step_s: float) -> None:
         metrics = report.metrics
         assert metrics is not None
         metrics.batch_size = len(batch.entries)
-        metrics.num_prefill_tokens = sum(entry.num_tokens for entry in batch.entries if entry.num_tokens > 1)
+        prefills = [entry.num_tokens for entry in batch.entries if entry.start < entry.sequence.num_prompt_tokens]
+        metrics.is_prefill = bool(prefills)
+        metrics.num_prefill_tokens = sum(prefills)
         metrics.num_preemptions = self._scheduler.num_preemptions - self._num_preemptions
         self._num_preemptions = self._scheduler.num_preemptions
         metrics.num_forced_tokens = self._constraints.num_forced_tokens - self._num_forced_tokens
         self._num_forced_tokens = self._constraints.num_forced_tokens
+        metrics.num_started = batch.num_started
+        metrics.joined_because = batch.joined_because
         metrics.step_s = step_s
-        num_running = sum(1 for live in self._live.values() if live.started)
+        num_running, max_tokens = 0, 0
+        for live in self._live.values():
+            if live.started:
+                num_running += 1
+                max_tokens += len(live.request.prompt_token_ids) + live.max_new_tokens * live.num_choices
         metrics.gauges = EngineGauges(
             num_running=num_running,
             num_waiting=len(self._live) - num_running,
+            max_tokens=max_tokens,
             kv_cache_usage=self._blocks.usage,
         )
 
@@ -778,12 +819,6 @@ def _ranked_outputs(choices: list[_Choice]) -> list[TokenOutput]:
         assert choice.held is not None
         outputs.append(replace(choice.held, choice=rank))
     return outputs
-
-
-def _choose_backend(config: ModelConfig, kernels: CpuKernels | None) -> AttentionBackend:
-    if config.batch_invariant:
-        return InvariantBackend()
-    return SdpaBackend() if kernels is None else CompiledBackend(kernels)
 
 
 def _derive_info(config: EngineConfig, loaded: LoadedModel, num_blocks: int) -> EngineInfo:

@@ -15,6 +15,7 @@
       EngineFailure           the engine died or a step failed; started requests are lost
     ConfigError               an option outside its range, at start-up
     ModelLoadError            a checkpoint that cannot be served, at start-up
+    RankFailure               one of the processes that share a model is gone; the engine ends, and is restarted
 
 A Triton stream carries an error as text alone, without a status code. So the text itself is the contract: it begins
 with `prefix` (Text Generation Inference's own prefixes where it has one), and `kind_of` reads it back. Triton codes
@@ -123,3 +124,7 @@ class ConfigError(Exception):
 
 class ModelLoadError(Exception):
     """The checkpoint is missing, damaged, of an unknown architecture, or does not fit into memory."""
+
+
+class RankFailure(Exception):
+    """A process that holds part of the model is gone, or did not answer in time: no later step can succeed."""

@@ -27,7 +27,7 @@ class StepReport:
 
     started: requests that hold blocks from now on (said before the step that first touches them runs, so that after a
     crash they can be told from those that had no part in it). outputs: at most one per choice. time_s: when the step's
-    tokens were there, in seconds of `time.monotonic()`.
+    tokens were there (before that: when it began), in seconds of `time.monotonic()`.
     adapters: all that are loaded, where that has changed; an engine in this one's place loads them.
     """
 
@@ -36,3 +36,10 @@ class StepReport:
     metrics: StepMetrics | None = None
     time_s: float = 0.0
     adapters: tuple[AdapterSpec, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEnd:
+    """The engine's last words: why its process is about to end, to be read after "the engine "."""
+
+    reason: str

@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class EngineGauges:
-    """The state after one step. num_waiting counts requests that hold nothing yet; kv_cache_usage is 0 to 1."""
+    """The state after one step. num_waiting counts requests that hold nothing yet; kv_cache_usage is 0 to 1.
+
+    max_tokens: prompt and most new tokens of the running requests, all choices.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
+    max_tokens: int = 0
     kv_cache_usage: float = 0.0
 
 
@@ -20,7 +24,12 @@ class StepMetrics:
 
     inter_token_s: one gap per sampled token that was not its choice's first. batch_size: sequences in the step.
     num_forced_tokens: of the generated tokens, those that a grammar left no choice about and that were appended without
-    a forward pass of their own (jump-forward).
+    a forward pass of their own (jump-forward); skipped_tokens: the same by choice, where there were any.
+
+    Of the step itself: is_prefill: it computed tokens of a prompt. num_started: requests in their first step.
+    joined_because: why they could join others that ran already (values of the metric tgi_batch_concat), None where none
+    did. prepare_s: from the step's begin to its launch; forward_s: from there until the tokens were read back;
+    decode_s: what was done with them.
     """
 
     num_prefill_tokens: int = 0
@@ -29,7 +38,15 @@ class StepMetrics:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     batch_size: int = 0
+    is_prefill: bool = False
+    num_started: int = 0
+    joined_because: str | None = None
+    has_failed: bool = False
     step_s: float = 0.0
+    prepare_s: float = 0.0
+    forward_s: float = 0.0
+    decode_s: float = 0.0
+    skipped_tokens: list[int] = field(default_factory=list)
     time_to_first_token_s: list[float] = field(default_factory=list)
     inter_token_s: list[float] = field(default_factory=list)
     queue_s: list[float] = field(default_factory=list)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
@@ -10,27 +13,53 @@ from textgen_engine.adapters.layers import AdapterLayers
 from textgen_engine.attention.base import AttentionBackend
 from textgen_engine.batch import BatchInputs
 from textgen_engine.config import CacheConfig
-from textgen_engine.errors import ModelLoadError
+from textgen_engine.errors import ModelLoadError, RankFailure
 from textgen_engine.host_memory import available_bytes
 from textgen_engine.kv_cache import KVCache
 from textgen_engine.models.loader import LoadedModel
+from textgen_engine.parallel.group import Collectives
+from textgen_engine.parallel.steps import NewCache, encode_step
 
 
 class ModelRunner:
-    """One model on one device with its cache."""
+    """One model on one device with its cache; with `ranks`, this rank's part of both, and on rank 0 the one that tells
+    the others of its cache and of every step."""
 
     def __init__(
-        self, loaded: LoadedModel, backend: AttentionBackend, cache: KVCache, adapters: AdapterLayers | None = None
+        self,
+        loaded: LoadedModel,
+        backend: AttentionBackend,
+        cache: KVCache,
+        adapters: AdapterLayers | None = None,
+        ranks: Collectives | None = None,
     ) -> None:
         self._loaded = loaded
         self._backend = backend
         self._adapters = adapters
+        self._ranks = ranks
         self.cache = cache
         self.device = loaded.device
+        if ranks is not None and ranks.rank == 0:
+            ranks.send(NewCache(cache.num_blocks, cache.block_size))
+
+    def forward(self, inputs: BatchInputs, copies: Iterable[tuple[int, int]]) -> torch.Tensor:
+        """One step: copy blocks, store K and V, return float32 logits [num_rows, vocab] of inputs.logits_rows (on rank
+        0; what the others return is only their part). Raises RankFailure when the ranks can no longer work together,
+        which is so after any error inside a step."""
+        copies = list(copies)
+        if self._ranks is None:
+            return self._forward(inputs, copies)
+        try:
+            if self._ranks.rank == 0:
+                self._ranks.send(encode_step(inputs, copies))
+            return self._forward(inputs, copies)
+        except RankFailure:
+            raise
+        except Exception as error:  # the other ranks are in the midst of the step, and nobody can call them back
+            raise RankFailure(f"rank {self._ranks.rank} failed in a step ({type(error).__name__}: {error})") from error
 
     @torch.inference_mode()
-    def forward(self, inputs: BatchInputs, copies: Iterable[tuple[int, int]]) -> torch.Tensor:
-        """One step: copy blocks, store K and V, return float32 logits [num_rows, vocab] of inputs.logits_rows."""
+    def _forward(self, inputs: BatchInputs, copies: list[tuple[int, int]]) -> torch.Tensor:
         self.cache.copy_blocks(copies)
         self._backend.prepare(inputs.attention)
         takes_rows = self._loaded.takes_logits_rows
@@ -56,21 +85,48 @@ class ModelRunner:
             torch.cuda.empty_cache()
 
 
-def num_cache_blocks(config: CacheConfig, loaded: LoadedModel, *, max_useful_tokens: int, step_bytes: int) -> int:
-    """Blocks of the KV cache where config.num_blocks does not say: what memory_fraction of the free memory holds beside
-    a step's own step_bytes (and, on the CPU, max_cache_bytes), but no more than all sequences at their longest fill."""
+@dataclass(frozen=True)
+class RankMemory:
+    """What one rank can give to the cache, and what a block takes of it.
+
+    place: ranks with the same place share one memory (the CPU's). budget_bytes: what is left beside the rank's own
+    largest step, by memory_fraction.
+    """
+
+    place: str
+    budget_bytes: int
+    step_bytes: int
+    bytes_per_block: int
+
+
+def rank_memory(config: CacheConfig, loaded: LoadedModel, step_bytes: int) -> RankMemory:
+    """This rank's memory, now, beside a step's own step_bytes."""
     bytes_per_block = config.block_size * sum(layer.bytes_per_token(loaded.dtype) for layer in loaded.layers)
     if loaded.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(loaded.device)
         budget = int(free - total * (1 - config.memory_fraction)) - step_bytes
-    else:
-        available = int(available_bytes() * config.memory_fraction) - step_bytes
-        # A step of long sequences gathers up to twice the K and V of one layer (attention/sdpa.py pads by less than 2).
-        budget = min(int(available / (1 + 2 / len(loaded.layers))), config.max_cache_bytes)
-    num_blocks = min(budget // bytes_per_block, -(-max_useful_tokens // config.block_size))
-    if num_blocks < 2:
-        raise ModelLoadError(
-            f"not enough memory for a KV cache: {max(budget, 0) / 2**20:.0f} MiB are left, "
-            f"one block of {config.block_size} tokens takes {bytes_per_block / 2**20:.1f} MiB"
-        )
+        return RankMemory(f"{socket.gethostname()} {loaded.device}", budget, step_bytes, bytes_per_block)
+    available = int(available_bytes() * config.memory_fraction) - step_bytes
+    # A step of long sequences gathers up to twice the K and V of one layer (attention/sdpa.py pads by less than 2).
+    budget = int(available / (1 + 2 / len(loaded.layers)))
+    return RankMemory(socket.gethostname(), budget, step_bytes, bytes_per_block)
+
+
+def num_cache_blocks(config: CacheConfig, ranks: list[RankMemory], *, is_cpu: bool, max_useful_tokens: int) -> int:
+    """Blocks of the KV cache where config.num_blocks does not say: what the free memory holds on each rank (on the CPU
+    in all, and at most max_cache_bytes), but no more than all sequences at their longest fill."""
+    sharing = Counter(rank.place for rank in ranks)
+    num_blocks = -(-max_useful_tokens // config.block_size)
+    for rank in ranks:
+        together = [other for other in ranks if other.place == rank.place]
+        budget = rank.budget_bytes - (sharing[rank.place] - 1) * rank.step_bytes
+        if is_cpu:
+            budget = min(budget, config.max_cache_bytes)
+        bytes_per_block = sum(other.bytes_per_block for other in together)
+        num_blocks = min(num_blocks, budget // bytes_per_block)
+        if num_blocks < 2:
+            raise ModelLoadError(
+                f"not enough memory for a KV cache: {max(budget, 0) / 2**20:.0f} MiB are left, "
+                f"one block of {config.block_size} tokens takes {bytes_per_block / 2**20:.1f} MiB"
+            )
     return num_blocks

@@ -82,6 +82,7 @@ class RequestParameters:
     response_format: Mapping[str, Any] | None = None
     tools: tuple[Mapping[str, Any], ...] | None = None
     tool_choice: str | Mapping[str, Any] | None = None
+    parallel_tool_calls: bool = False
     tool_prompt: str | None = None
     chat_template: str | None = None
     add_generation_prompt: bool | None = None
@@ -714,6 +715,13 @@ PARAMETERS: tuple[ParameterGroup, ...] = (
                 "`auto`",
                 "`auto`, `none`, `required`, a function's name, or OpenAI's object that names one.",
             ),
+            Parameter(
+                "parallel_tool_calls",
+                Boolean(),
+                "`false`",
+                "Allow several calls in one answer, as a list; a `tool_choice` that names a function means one call. "
+                "OpenAI's routes of the gateway allow them unless told otherwise.",
+            ),
             Parameter("tool_prompt", Text(), "the server's", "Text put before the tools when the template has none."),
         ),
     ),
@@ -868,6 +876,7 @@ def parse_parameters(
         response_format=values.get("response_format"),
         tools=values.get("tools"),
         tool_choice=values.get("tool_choice"),
+        parallel_tool_calls=values.get("parallel_tool_calls", False),
         tool_prompt=values.get("tool_prompt"),
         chat_template=values.get("chat_template"),
         add_generation_prompt=values.get("add_generation_prompt"),

@@ -42,9 +42,10 @@ from textgen_engine.errors import (
     InvalidParameter,
     ModelLoadError,
     NotReady,
+    RankFailure,
 )
 from textgen_engine.logs import configure_logging
-from textgen_engine.messages import EngineInfo, StepReport
+from textgen_engine.messages import EngineEnd, EngineInfo, StepReport
 from textgen_engine.request import GenerationRequest, TokenOutput
 from textgen_engine.suspects import Standing, Suspects
 
@@ -197,19 +198,25 @@ class EngineClient:
         assert connection is not None and process is not None
         limits = self._config.supervision
         turn_s = time.monotonic()
+        last_words: str | None = None
         silent_s = stuck_s = unchecked_s = 0.0  # since the last message, the last report, the last look at deadlines
         while True:
             try:
                 message = connection.recv_bytes() if connection.poll(_HEARTBEAT_S) else None
             except (EOFError, OSError):
-                return _how_it_ended(_wait(process))
+                how = _how_it_ended(_wait(process))
+                return last_words or how
             now_s = time.monotonic()
             elapsed_s, turn_s = min(now_s - turn_s, _LONGEST_TURN_S), now_s
             silent_s, stuck_s, unchecked_s = silent_s + elapsed_s, stuck_s + elapsed_s, unchecked_s + elapsed_s
             if message is not None:
                 silent_s = 0.0
                 if message != _HEARTBEAT:
-                    self._note(pickle.loads(message))
+                    said = pickle.loads(message)
+                    if isinstance(said, EngineEnd):
+                        last_words = said.reason
+                    else:
+                        self._note(said)
                     stuck_s = 0.0
             if unchecked_s < _HEARTBEAT_S:
                 continue
@@ -442,11 +449,13 @@ def main(file_descriptor: int) -> int:
     assert isinstance(config, EngineConfig)
     configure_logging(config.log_level, as_json=config.json_output, source="textgen engine")
 
-    from textgen_engine.engine import Engine  # here, so that the caller's process never imports torch
+    # Here, so that the caller's process never imports torch.
+    from textgen_engine.engine import Engine
+    from textgen_engine.parallel.launch import RankProcesses, Ranks
 
     sending = threading.Lock()
 
-    def emit(report: StepReport) -> None:
+    def emit(report: StepReport | EngineEnd) -> None:
         send(pickle.dumps(report, protocol=pickle.HIGHEST_PROTOCOL))
 
     def send(message: bytes) -> None:
@@ -456,13 +465,21 @@ def main(file_descriptor: int) -> int:
         except OSError:
             os._exit(1)  # nobody is left to answer to
 
+    def end(reason: str) -> None:
+        emit(EngineEnd(reason))
+        os._exit(1)  # at once: whatever other threads and ranks are still doing, nobody waits for
+
+    ranks: Ranks | None = None
     try:
-        engine = Engine(config, emit)
-    except (ModelLoadError, ConfigError) as error:
-        connection.send(error)
-        return 1
-    except MemoryError:
-        connection.send(ModelLoadError("not enough memory to load the model"))
+        if config.parallel.world_size > 1:
+            ranks = RankProcesses(config, on_loss=lambda loss: end(f"lost {loss}"))
+        engine = Engine(config, emit, ranks)
+    except (ModelLoadError, ConfigError, RankFailure, MemoryError) as error:
+        if ranks is not None:
+            ranks.close()
+        if isinstance(error, MemoryError):
+            error = ModelLoadError("not enough memory to load the model")
+        connection.send(error if isinstance(error, ConfigError) else ModelLoadError(str(error)))
         return 1
     connection.send(engine.info)
 
@@ -488,6 +505,9 @@ def main(file_descriptor: int) -> int:
     threading.Thread(target=live, name="engine-heartbeat", daemon=True).start()
     try:
         engine.run()
+    except RankFailure as failure:
+        assert ranks is not None
+        end(f"lost {ranks.whose_loss() or f'a rank: {failure}'}")
     except Exception:
         logger.exception("the engine's loop failed")
         os._exit(1)  # at once: whatever other threads are still doing, nobody waits for

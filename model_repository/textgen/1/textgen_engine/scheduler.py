@@ -19,6 +19,7 @@ import bisect
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from textgen_engine.block_manager import BlockManager
 from textgen_engine.config import SchedulerConfig
@@ -33,6 +34,9 @@ _MAX_PASSED_OVER = 16
 # that its logits are bounded (128 rows of 128k entries are 64 MiB).
 MAX_SCORED_TOKENS = 128
 
+# Why prompts were started beside running sequences, in the words of TGI's metric.
+JoinReason = Literal["chunking", "backpressure", "wait_exceeded"]
+
 
 @dataclass(slots=True)
 class ScheduledSequence:
@@ -46,11 +50,16 @@ class ScheduledSequence:
 
 @dataclass(slots=True)
 class ScheduledBatch:
-    """One step. `copies` are block copies (source, destination) to be made before anything is written."""
+    """One step. `copies` are block copies (source, destination) to be made before anything is written.
+
+    num_started: sequences in their first step; joined_because: why those could join others that run already.
+    """
 
     entries: list[ScheduledSequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    num_started: int = 0
+    joined_because: JoinReason | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -120,7 +129,10 @@ class Scheduler:
         budget = self._prompt_budget(budget, num_decodes=len(batch.entries))
         budget = self._schedule_prefills(batch, budget)
         if not batch.preempted and self._may_start_prompts():
+            reason, runs_already = self._join_reason(), bool(self.running)
             self._admit(batch, budget)
+            if batch.num_started and runs_already:
+                batch.joined_because = reason
         self._num_steps_without_start += 1
         return batch
 
@@ -213,6 +225,7 @@ class Scheduler:
             if sequence.scheduled_s is None:
                 sequence.scheduled_s = time.monotonic()
                 sequence.num_cached = num_found
+                batch.num_started += 1
             self._start(sequence)
             copies = self._blocks.reserve(sequence, num_found + chunk)
             assert copies is not None
@@ -223,11 +236,15 @@ class Scheduler:
     def _may_start_prompts(self) -> bool:
         """TGI's rule for interrupting decodes, carried over to chunks: with a waiting_served_ratio, prompts start only
         when enough of them wait for the sequences that run, or when none has started for max_waiting_steps."""
-        config = self._config
-        return (
-            len(self.waiting) >= config.waiting_served_ratio * len(self.running)
-            or self._num_steps_without_start >= config.max_waiting_steps
-        )
+        return self._enough_wait() or self._num_steps_without_start >= self._config.max_waiting_steps
+
+    def _enough_wait(self) -> bool:
+        return len(self.waiting) >= self._config.waiting_served_ratio * len(self.running)
+
+    def _join_reason(self) -> JoinReason:
+        if not self._config.waiting_served_ratio:
+            return "chunking"
+        return "backpressure" if self._enough_wait() else "wait_exceeded"
 
     def _can_admit_another(self) -> bool:
         return bool(self.waiting and self._free_slots)

@@ -22,6 +22,7 @@ from textgen_engine.errors import ModelLoadError
 from textgen_engine.kv_cache import KVCache
 from textgen_engine.model_runner import ModelRunner
 from textgen_engine.models.loader import LoadedModel
+from textgen_engine.parallel.group import Collectives
 from textgen_engine.request import GenerationRequest, OutputParams
 from textgen_engine.sampling.params import SamplingParams
 from textgen_engine.sampling.sampler import GrammarRows, Sampler, prompt_logprobs
@@ -52,6 +53,7 @@ def measure_largest_step(
     cache_config: CacheConfig,
     scheduler_config: SchedulerConfig,
     max_top_n_tokens: int,
+    ranks: Collectives | None = None,
 ) -> int:
     """Bytes that the largest prompt step, the largest scored step and the largest decode step take at their peak,
     beyond what is held now. (What long sequences add to a decode step is counted by model_runner.num_cache_blocks.)
@@ -68,7 +70,7 @@ def measure_largest_step(
         dtype=loaded.dtype,
         device=loaded.device,
     )
-    runner = ModelRunner(loaded, backend, cache)
+    runner = ModelRunner(loaded, backend, cache, ranks=ranks)
 
     def largest_steps() -> None:
         blocks = list(range(-(-num_tokens // block_size)))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _TOOL_PROMPT = (
     "To use one of these functions, answer with a JSON object that holds its name as `name` and its arguments, by"
-    " name, as `parameters`."
+    " name, as `arguments`."
 )
 # What `apply_chat_template` and the tokenizer give to every template; a request may not replace it sideways.
 _TAKEN_NAMES = frozenset(
@@ -61,7 +61,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Json]], 
     A last message of the assistant is continued, as Text Generation Inference does, unless `add_generation_prompt` or
     `continue_final_message` says otherwise; any other conversation ends in the assistant's opening.
     """
-    template = _template(tokenizer, options)
+    template = template_of(tokenizer, options)
     continues = options.continue_final_message
     if continues is None:
         continues = options.add_generation_prompt is None and _is_open_answer(messages[-1])
@@ -93,8 +93,11 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Json]], 
     return prompt
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, options: PromptOptions) -> str:
-    """The template's source. By name only: a template is code, and comes with the checkpoint, not with a request."""
+def template_of(tokenizer: PreTrainedTokenizerBase, options: PromptOptions) -> str:
+    """The source of a request's template; TemplateError where there is none.
+
+    Chosen by name only: a template is code, and comes with the checkpoint, not with a request.
+    """
     templates = tokenizer.chat_template
     if not templates:
         raise TemplateError("this model has no chat template; send `text_input`, or set TOKENIZER_CONFIG_PATH")

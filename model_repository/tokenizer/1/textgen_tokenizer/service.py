@@ -14,7 +14,7 @@ from textgen_tokenizer.errors import InvalidParameter, PromptTooLong, Unsupporte
 from textgen_tokenizer.loading import LoadedTokenizer
 from textgen_tokenizer.options import Json, PromptOptions, parse_options
 
-Action = Literal["encode", "tokenize", "decode"]
+Action = Literal["encode", "tokenize", "decode", "render", "template"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class TokenSpan:
 class TokenizerAnswer:
     """The outputs of one request; None where it asked for something else.
 
-    prompt_text: the text that `input_ids` was made from, before any truncation.
+    prompt_text: the text that `input_ids` was made from, before any truncation. text: decoded, or a template's source.
     """
 
     input_ids: list[int] | None = None
@@ -75,6 +75,8 @@ class TokenizerService:
         )
         if action == "decode":
             return self._decode(request, options)
+        if action == "template":
+            return TokenizerAnswer(text=chat.template_of(self._tokenizer, options))
         if request.token_ids is not None:
             raise InvalidParameter("`token_ids` belongs to the action `decode`; a prompt is given as `input_ids`")
         given = [name for name in ("text_input", "messages", "input_ids") if getattr(request, name) is not None]
@@ -85,6 +87,10 @@ class TokenizerService:
             )
         if action == "tokenize":
             return self._tokenize(request, options)
+        if action == "render":
+            if request.messages is None:
+                raise InvalidParameter("the action `render` needs `messages`")
+            return TokenizerAnswer(prompt_text=self._prompt_text(request, options))
         return self._encode(request, options)
 
     def _encode(self, request: TokenizerRequest, options: PromptOptions) -> TokenizerAnswer:

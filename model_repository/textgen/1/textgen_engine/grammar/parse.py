@@ -190,13 +190,14 @@ def _tools_text(content: Any, limits: GrammarLimits) -> str | None:
         content = parse_json(content, what="tools", max_bytes=limits.max_schema_bytes, max_nesting=limits.max_nesting)
     if isinstance(content, list):
         content = {"tools": content, "tool_choice": "required"}
-    if not isinstance(content, dict) or set(content) - {"tools", "tool_choice"} or "tools" not in content:
+    known = {"tools", "tool_choice", "parallel_tool_calls"}
+    if not isinstance(content, dict) or set(content) - known or "tools" not in content:
         raise InvalidParameter.for_value("grammar.value", content, "a list of tools or {tools, tool_choice}")
     if not isinstance(content["tools"], list):
         raise ToolError("`tools` must be a list")
     if len(content["tools"]) > limits.max_tools:
         raise ToolError(f"{len(content['tools'])} tools; at most {limits.max_tools} are allowed")
-    selected = select_tools(content["tools"], content.get("tool_choice", "auto"))
+    selected = select_tools(content["tools"], content.get("tool_choice", "auto"), content.get("parallel_tool_calls"))
     if selected is None:
         return None
     for tool in selected["tools"]:

@@ -103,7 +103,7 @@ def _cleaned(spec: GrammarSpec, capabilities: Capabilities) -> PreparedSchema:
     or_plain_text = False
     if spec.kind == "tools":
         or_plain_text = content["mode"] == "auto"
-        content = tool_call_schema(content["tools"])
+        content = tool_call_schema(content["tools"], parallel=content.get("parallel", False))
     if content is False:
         raise grammar_error("JSON schema: the schema `false` allows no value")
     schema, warnings = _clean({} if content is True else content, capabilities)

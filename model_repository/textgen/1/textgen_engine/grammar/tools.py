@@ -1,6 +1,7 @@
 """Tools as a grammar: which of a request's tools may be called, and the schema of one call.
 
-A call is the JSON object {"name": <one tool's name>, "arguments": <what its parameters allow>}.
+A call is the JSON object {"name": <one tool's name>, "arguments": <what its parameters allow>}. Where several calls are
+allowed, the answer is one such object or a list of them.
 """
 
 from __future__ import annotations
@@ -10,16 +11,24 @@ from typing import Any
 from textgen_engine.errors import ToolError
 from textgen_engine.grammar.json_schema import map_children
 
-# With tool_choice auto the answer is either a call or plain text; a text that opens a brace is a call.
-PLAIN_TEXT_PATTERN = r"[^{\s](?s:.)*"
+# With tool_choice auto the answer is either calls or plain text; a text that opens a brace, or a bracket and a brace,
+# is calls.
+PLAIN_TEXT_PATTERN = r"([^{\[\s](?s:.)*|\[([^{\s](?s:.)*)?)"
+
+# More calls than that in one answer are a model that does not come to an end.
+_MAX_CALLS = 16
 
 
-def select_tools(tools: list[Any], choice: Any) -> dict[str, Any] | None:
-    """{"mode": "required" | "auto", "tools": [{"name", "parameters"}]}; None where no tool may be called.
+def select_tools(tools: list[Any], choice: Any, parallel: Any = None) -> dict[str, Any] | None:
+    """{"mode": "required" | "auto", "tools": [{"name", "parameters"}]}, and "parallel": true where several calls are
+    allowed; None where no tool may be called.
 
     choice: "auto", "required" (or "any"), "none", a tool's name, or OpenAI's {type: function, function: {name}}.
-    Raises ToolError for a malformed tool, a name given twice, and a choice that names no tool.
+    parallel: whether several calls are allowed; a choice that names a tool is of one call. Raises ToolError for a
+    malformed tool, a name given twice, and a choice that names no tool.
     """
+    if parallel not in (None, True, False):
+        raise ToolError("`parallel_tool_calls` must be true or false")
     named = [_name_and_parameters(tool, index) for index, tool in enumerate(tools)]
     names = [tool["name"] for tool in named]
     for name in names:
@@ -42,12 +51,13 @@ def select_tools(tools: list[Any], choice: Any) -> dict[str, Any] | None:
     if choice in ("auto", "required", "any"):
         if not named:
             raise ToolError("`tools` is empty")
-        return {"mode": "auto" if choice == "auto" else "required", "tools": named}
+        selected = {"mode": "auto" if choice == "auto" else "required", "tools": named}
+        return {**selected, "parallel": True} if parallel else selected
     raise ToolError(f"`tool_choice` names no tool of the request: {choice!r:.100}")
 
 
-def tool_call_schema(tools: list[dict[str, Any]]) -> dict[str, Any]:
-    """The schema of one call of one of `tools` ({"name", "parameters"} each).
+def tool_call_schema(tools: list[dict[str, Any]], parallel: bool = False) -> dict[str, Any]:
+    """The schema of one call of one of `tools` ({"name", "parameters"} each); parallel: or of a list of calls.
 
     Each tool's parameters stand whole under the root's `$defs`, and their own "#/..." references are re-pointed there:
     no backend then has to follow a reference through an array.
@@ -68,6 +78,9 @@ def tool_call_schema(tools: list[dict[str, Any]]) -> dict[str, Any]:
                 "additionalProperties": False,
             }
         )
+    if parallel:
+        call = branches[0] if len(branches) == 1 else {"anyOf": branches}
+        branches = [*branches, {"type": "array", "items": call, "minItems": 1, "maxItems": _MAX_CALLS}]
     root: dict[str, Any] = branches[0] if len(branches) == 1 else {"anyOf": branches}
     return {**root, "$defs": definitions}
 

@@ -8,7 +8,7 @@ and one that differs stays stock. Only instances are replaced, never a class of 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,12 @@ class FusedGatedLayer(torch.nn.Module):
 
     Replaces q_proj, k_proj, v_proj by `qkv` and gate_proj, up_proj by `gate_up`, rows joined in this order; needs a
     trial's Recorder for what only the stock attention knows: its scoring.
+
+    sum_over_ranks: set where this rank holds only a part of every layer's heads and inner units: adds up the partial
+    results of attention and MLP before they are added to the residual.
     """
+
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __init__(self, layer: Any, trial: Recorder, kernels: CpuKernels | None) -> None:
         super().__init__()
@@ -86,7 +91,8 @@ class FusedGatedLayer(torch.nn.Module):
             attention_metadata,
             self.scoring,
         ).reshape(x.shape[0], -1)
-        return (self._compiled_out(attended, x) if few_rows else self._plain_out(attended, x))[None]
+        whole = few_rows and self.sum_over_ranks is None
+        return (self._compiled_out(attended, x) if whole else self._plain_out(attended, x))[None]
 
     def _plain_in(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         normed = functional.rms_norm(x, self.input_norm.shape, self.input_norm, self.epsilon)
@@ -98,11 +104,13 @@ class FusedGatedLayer(torch.nn.Module):
         return qkv
 
     def _plain_out(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        h: torch.Tensor = x + self.output(attended)
+        h: torch.Tensor = x + self._sum(self.output(attended))
         normed = functional.rms_norm(h, self.mlp_norm.shape, self.mlp_norm, self.mlp_epsilon)
         gate, up = self.gate_up(normed).chunk(2, dim=1)
-        added: torch.Tensor = self.down(functional.silu(gate) * up)
-        return h + added
+        return h + self._sum(self.down(functional.silu(gate) * up))
+
+    def _sum(self, partial: torch.Tensor) -> torch.Tensor:
+        return partial if self.sum_over_ranks is None else self.sum_over_ranks(partial)
 
     def _compiled_in(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         assert self._kernels is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,12 @@ from textgen_engine.kv_cache import LayerShape
 from textgen_engine.models.checkpoint import Checkpoint, find_checkpoint
 from textgen_engine.models.cpu_linear import replace_linears
 from textgen_engine.models.fusion import fuse_layers
+from textgen_engine.models.sharded_reading import PartHooks
+from textgen_engine.models.sharding import Plan, connect_ranks, keep_biases_of_rank_0, make_plan
 from textgen_engine.models.trial import LayerNeeds, check_results, probe_layers, stock_logits
 from textgen_engine.models.weights import WeightHooks, WeightReader, as_quantizer, stored_tensors
+from textgen_engine.parallel.group import Collectives
+from textgen_engine.parallel.split import CannotSplit, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +54,12 @@ class LoadedModel:
 
     layers: what each attention layer caches. max_positions: the longest sequence the architecture allows.
     eos_token_ids: every id that ends a text. takes_logits_rows: the model's forward accepts logits_to_keep.
+    plan: set where the model is one rank's part; `connect` has then to be called before the first step. tokenizer: None
+    on ranks other than 0.
     """
 
     model: torch.nn.Module
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     layers: list[LayerShape]
     dtype: torch.dtype
     device: torch.device
@@ -60,13 +67,25 @@ class LoadedModel:
     max_positions: int
     eos_token_ids: frozenset[int]
     takes_logits_rows: bool
+    plan: Plan | None = None
+
+    def connect(self, collectives: Collectives) -> None:
+        """Join this rank's part with the others'; every rank does so once."""
+        assert self.plan is not None
+        connect_ranks(self.model, self.plan, collectives)
 
 
 def load_model(
-    config: ModelConfig, backend: AttentionBackend, kernels: CpuKernels | None = None, *, fused: bool = True
+    config: ModelConfig,
+    backend: AttentionBackend,
+    kernels: CpuKernels | None = None,
+    shard: Shard | None = None,
+    *,
+    fused: bool = True,
 ) -> LoadedModel:
     """Load weights, tokenizer and generation defaults of config.model_id (see find_checkpoint).
 
+    shard: only the part of this rank, which `LoadedModel.connect` then joins with the others'.
     fused: layers may be replaced by ones whose pieces run together, and whose linear layers are joined.
 
     Raises ModelLoadError, with one line that says what is wrong, for a folder that is missing or no checkpoint, for
@@ -86,33 +105,44 @@ def load_model(
             outline = AutoModelForCausalLM.from_config(
                 hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code
             )
-        _check_memory(folder, outline, dtype, device)
+        plan = None if shard is None else make_plan(outline, shard)
+        _check_memory(folder, outline, plan, dtype, device)
         model, report = read_model(
-            checkpoint, type(outline), hf_config, dtype, device, trust_remote_code=config.trust_remote_code
+            checkpoint,
+            type(outline),
+            hf_config,
+            dtype,
+            device,
+            trust_remote_code=config.trust_remote_code,
+            hooks=None if plan is None else PartHooks(plan, outline),
         )
+        if plan is not None:
+            keep_biases_of_rank_0(model, plan)
         eos_token_ids = _named_eos_token_ids(folder, hf_config.get_text_config())
     except ModelLoadError:
         raise
+    except CannotSplit as error:
+        assert shard is not None
+        raise ModelLoadError(
+            f"{hf_config.model_type} of {folder} cannot be split over {shard.world_size} ranks: {error}"
+        ) from error
     except _UNREADABLE as error:
         raise ModelLoadError(f"cannot load {folder}: {_one_line(error)}") from error
     _check_weights(folder, report)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder,
-            trust_remote_code=config.trust_remote_code,
-            **({} if any(folder.glob("tokenizer*")) else _gguf_keyword(checkpoint)),
-        )
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise ModelLoadError(f"cannot load the tokenizer of {folder}: {_one_line(error)}") from error
-    if eos_token_ids is None:
-        eos_token_ids = tokenizer.eos_token_id
+    tokenizer = None
+    if shard is None or shard.rank == 0:
+        tokenizer = _load_tokenizer(checkpoint, config.trust_remote_code)
+        if eos_token_ids is None:
+            eos_token_ids = tokenizer.eos_token_id
     model = model.to(device).eval().requires_grad_(False)
     text_config = hf_config.get_text_config()
     takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
     needs = probe_layers(model, device, {"logits_to_keep": 1} if takes_rows else {})
     backend.check(needs.features)
     layers = [needs.shapes[layer] for layer in range(len(needs.shapes))]
-    expected = stock_logits(model, text_config.vocab_size, device)
+    # A rank's part is tried by itself: its partial results are as good a measure as whole ones.
+    vocab_size = text_config.vocab_size if plan is None else plan.num_local_ids
+    expected = stock_logits(model, vocab_size, device)
     if device.type == "cpu":
         _prepare_for_cpu(model, config, kernels, needs, fused=fused)
     if expected is not None:
@@ -127,6 +157,7 @@ def load_model(
         max_positions=_max_positions(text_config),
         eos_token_ids=_as_set(eos_token_ids),
         takes_logits_rows=takes_rows,
+        plan=plan,
     )
 
 
@@ -155,6 +186,8 @@ def read_model(
     if device.type != "cpu":
         keywords["device_map"] = {"": device}
     if not checkpoint.shards or getattr(hf_config, "quantization_config", None) is not None:
+        if hooks is not None:
+            raise CannotSplit("its weights are quantized, or are no safetensors files")
         logger.info("%s: read by transformers, not tensor by tensor", checkpoint.folder)
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
@@ -177,6 +210,19 @@ def _gguf_keyword(checkpoint: Checkpoint) -> dict[str, str]:
     return {} if checkpoint.gguf is None else {"gguf_file": checkpoint.gguf}
 
 
+def _load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    folder = checkpoint.folder
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder,
+            trust_remote_code=trust_remote_code,
+            **({} if any(folder.glob("tokenizer*")) else _gguf_keyword(checkpoint)),
+        )
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise ModelLoadError(f"cannot load the tokenizer of {folder}: {_one_line(error)}") from error
+    return tokenizer
+
+
 def _choose_dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:
     if config.dtype != "auto":
         dtype = getattr(torch, config.dtype)
@@ -188,13 +234,19 @@ def _choose_dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:
     return hf_config.get_text_config().dtype or hf_config.dtype or torch.bfloat16
 
 
-def _check_memory(folder: Path, outline: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def _check_memory(
+    folder: Path, outline: torch.nn.Module, plan: Plan | None, dtype: torch.dtype, device: torch.device
+) -> None:
     """Refuse a model that does not fit before anything of it is allocated.
 
     The size is that of the model the config describes, not of the files: a config that does not belong to its weights
     may describe a far larger one.
     """
-    needed = sum(parameter.numel() for parameter in outline.parameters()) * dtype.itemsize
+    parts = {} if plan is None else plan.slices
+    needed = dtype.itemsize * sum(
+        math.prod(parts[name].shape(parameter.shape)) if name in parts else parameter.numel()
+        for name, parameter in outline.named_parameters()
+    )
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     if needed > free:
         raise ModelLoadError(

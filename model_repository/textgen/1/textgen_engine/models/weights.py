@@ -103,6 +103,25 @@ class StoredTensor:
         return _NAMES[self.dtype]
 
 
+@dataclass(frozen=True)
+class StoredParts:
+    """Several parts of one tensor, one behind the other along `dim`: reads them at `parts[...]`."""
+
+    parts: tuple[StoredTensor, ...]
+    dim: int
+
+    def __getitem__(self, index: EllipsisType) -> torch.Tensor:
+        return torch.cat([part[...] for part in self.parts], self.dim)
+
+    def get_shape(self) -> list[int]:
+        shape = self.parts[0].get_shape()
+        shape[self.dim] = sum(part.shape[self.dim] for part in self.parts)
+        return shape
+
+    def get_dtype(self) -> str:
+        return self.parts[0].get_dtype()
+
+
 class WeightReader:
     """The files of one checkpoint, opened while it loads. Use as a context.
 
@@ -251,7 +270,7 @@ class WeightHooks:
     def prepare(self, model: torch.nn.Module) -> None:
         """Change the model, all of whose tensors are on the meta device still: modules may be replaced."""
 
-    def select(self, tensor: StoredTensor) -> StoredTensor:
+    def select(self, tensor: StoredTensor) -> StoredTensor | StoredParts:
         """The part of a stored tensor that is to be read; its name is the checkpoint's."""
         return tensor
 

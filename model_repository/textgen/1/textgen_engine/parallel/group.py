@@ -1,0 +1,185 @@
+"""The ranks of one model as torch.distributed process groups: sums and gathers of tensors, and rank 0's messages.
+
+Two groups: one for what layers exchange, with a time-out, so that a rank that hangs is noticed within a bounded time;
+one on which the other ranks wait for rank 0's next step, however long the server is idle. The groups are objects of
+their own, not torch.distributed's global one, so several can live in one process.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+
+from textgen_engine.errors import RankFailure
+
+# What one message of rank 0 carries in its first broadcast, in 32-bit words; longer ones take a second broadcast.
+# 16 KiB hold a decode step of 32 sequences of 1900 tokens each.
+_FIRST_WORDS = 4096
+_OBJECT, _WORDS = 0, 1
+_IDLE_S = 7 * 86400.0
+
+
+@dataclass
+class Traffic:
+    """What one rank gave to its group since the last `Collectives.take_traffic`, in calls and bytes of payload."""
+
+    num_all_reduces: int = 0
+    all_reduce_bytes: int = 0
+    num_gathers: int = 0
+    gather_bytes: int = 0
+    num_broadcasts: int = 0
+    broadcast_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Rank 0's last message: the engine ends in good order."""
+
+
+class Collectives:
+    """One rank's end of its group. Every rank calls the same methods in the same order, except `send` and `receive`,
+    which pair up. All raise RankFailure when another rank is gone or does not answer in time: the group is of no use
+    then."""
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        *,
+        address: str,
+        timeout_s: float,
+        device: torch.device | None = None,
+    ) -> None:
+        """Join the ranks that meet in `store`; returns when all have come. address: this host's, where the others
+        reach it. device: where layers exchange tensors; a CUDA device means NCCL."""
+        self.rank, self.world_size = rank, world_size
+        self.traffic = Traffic()
+        try:
+            self._control = _gloo(PrefixStore("control", store), rank, world_size, address, _IDLE_S)
+            tensors = PrefixStore("tensors", store)
+            if device is not None and device.type == "cuda":
+                self._tensors: Any = _nccl(tensors, rank, world_size, timeout_s)
+            else:
+                self._tensors = _gloo(tensors, rank, world_size, address, timeout_s)
+        except RuntimeError as error:
+            raise RankFailure(f"the {world_size} ranks did not find together: {_first_line(error)}") from error
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in the tensor given (a contiguous copy where it is not contiguous)."""
+        tensor = tensor.contiguous()
+        self.traffic.num_all_reduces += 1
+        self.traffic.all_reduce_bytes += tensor.nbytes
+        try:
+            self._tensors.allreduce([tensor]).wait()
+        except RuntimeError as error:
+            raise self._failure(error) from error
+        return tensor
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        """On rank 0 every rank's tensor, by rank; None on the others. All have one shape and type."""
+        tensor = tensor.contiguous()
+        self.traffic.num_gathers += 1
+        self.traffic.gather_bytes += tensor.nbytes if self.rank else 0
+        options = dist.GatherOptions()
+        options.rootRank = 0
+        outputs = [] if self.rank else [[torch.empty_like(tensor) for _ in range(self.world_size)]]
+        try:
+            self._tensors.gather(outputs, [tensor], options).wait()
+        except RuntimeError as error:
+            raise self._failure(error) from error
+        return None if self.rank else outputs[0]
+
+    def send(self, message: np.ndarray | object) -> None:
+        """From rank 0: 32-bit words as they are, anything else pickled; `receive` returns it on the other ranks."""
+        if isinstance(message, np.ndarray):
+            assert message.dtype == np.int32
+            kind, words = _WORDS, message
+        else:
+            pickled = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+            padded = pickled + bytes(-len(pickled) % 4)
+            kind, words = _OBJECT, np.frombuffer(padded, dtype=np.int32)
+        first = np.zeros(_FIRST_WORDS, dtype=np.int32)
+        first[:2] = kind, len(words)
+        first[2 : 2 + len(words)] = words[: _FIRST_WORDS - 2]
+        self._broadcast(torch.from_numpy(first))
+        if len(words) > _FIRST_WORDS - 2:
+            self._broadcast(torch.from_numpy(words[_FIRST_WORDS - 2 :].copy()))
+
+    def receive(self) -> Any:
+        """On the other ranks: wait for rank 0's next message."""
+        first = torch.empty(_FIRST_WORDS, dtype=torch.int32)
+        self._broadcast(first)
+        kind, num_words = first[:2].tolist()
+        words = first[2 : 2 + num_words]
+        if num_words > _FIRST_WORDS - 2:
+            rest = torch.empty(num_words - (_FIRST_WORDS - 2), dtype=torch.int32)
+            self._broadcast(rest)
+            words = torch.cat([words, rest])
+        return words.numpy() if kind == _WORDS else pickle.loads(words.numpy().tobytes())
+
+    def collect(self, item: object) -> list[Any]:
+        """On rank 0 one object of every rank, by rank; an empty list on the others. Not for every step."""
+        pickled = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
+        lengths = torch.zeros(self.world_size, dtype=torch.int64)
+        lengths[self.rank] = len(pickled)
+        try:
+            self._control.allreduce([lengths]).wait()
+            padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
+            padded[: len(pickled)] = pickled
+            everyone = [torch.empty_like(padded) for _ in range(self.world_size)]
+            self._control.allgather([everyone], [padded]).wait()
+        except RuntimeError as error:
+            raise self._failure(error) from error
+        if self.rank:
+            return []
+        return [pickle.loads(given.numpy().tobytes()) for given in everyone]
+
+    def take_traffic(self) -> Traffic:
+        """What was counted since the last call."""
+        taken, self.traffic = self.traffic, Traffic()
+        return taken
+
+    def close(self) -> None:
+        """Leave the groups; what others still wait for fails at once."""
+        for group in (self._tensors, self._control):
+            group.abort()
+
+    def _broadcast(self, tensor: torch.Tensor) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        try:
+            self._control.broadcast([tensor], options).wait()
+        except RuntimeError as error:
+            raise self._failure(error) from error
+        # Only now: whoever waits for rank 0 has got nothing yet.
+        self.traffic.num_broadcasts += 1
+        self.traffic.broadcast_bytes += tensor.nbytes
+
+    def _failure(self, error: RuntimeError) -> RankFailure:
+        return RankFailure(f"another rank of {self.world_size} is gone or does not answer ({_first_line(error)})")
+
+
+def _gloo(store: Store, rank: int, world_size: int, address: str, timeout_s: float) -> Any:
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    options._timeout = timedelta(seconds=timeout_s)
+    return dist.ProcessGroupGloo(store, rank, world_size, options)
+
+
+def _nccl(store: Store, rank: int, world_size: int, timeout_s: float) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    return dist.ProcessGroupNCCL(store, rank, world_size, options)
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line.rpartition("] ")[2][:160]  # gloo begins with the place in its own source

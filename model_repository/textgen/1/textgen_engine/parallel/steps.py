@@ -1,0 +1,82 @@
+"""One step's schedule as words on the wire: what rank 0 tells the others, and the tensors they make of it.
+
+Sent once per step. Positions and slots follow from lengths and block tables, so they do not travel; block tables
+travel without their padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from textgen_engine.attention.base import AttentionMetadata
+from textgen_engine.batch import BatchInputs
+from textgen_engine.kv_cache import KVCache
+
+_HEADER_WORDS = 5
+
+
+@dataclass(frozen=True)
+class NewCache:
+    """From now on steps use a fresh cache of this size."""
+
+    num_blocks: int
+    block_size: int
+
+
+def encode_step(inputs: BatchInputs, copies: list[tuple[int, int]]) -> np.ndarray:
+    """int32 words: header, token ids, query lengths, sequence lengths, logits rows, copied blocks, block tables."""
+    attention, lists = inputs.attention, inputs.lists
+    assert lists is not None
+    block_size = attention.keys[0].shape[2]
+    words = [
+        *(len(lists.input_ids), len(attention.seq_lens), attention.num_decodes, len(lists.logits_rows), len(copies)),
+        *lists.input_ids,
+        *attention.query_lens,
+        *attention.seq_lens,
+        *lists.logits_rows,
+        *(block for pair in copies for block in pair),
+    ]
+    for table, length in zip(lists.block_tables, attention.seq_lens, strict=True):
+        words += table[: -(-length // block_size)]
+    return np.array(words, dtype=np.int32)
+
+
+def decode_step(words: np.ndarray, cache: KVCache, device: torch.device) -> tuple[BatchInputs, list[tuple[int, int]]]:
+    """What `encode_step` was given, on this rank's cache and device; without the sequences, which stay with rank 0."""
+    num_tokens, num_sequences, num_decodes, num_rows, num_copies = words[:_HEADER_WORDS].tolist()
+    lengths = (num_tokens, num_sequences, num_sequences, num_rows, 2 * num_copies)
+    ends = np.cumsum((_HEADER_WORDS, *lengths))
+    input_ids, query_lens, seq_lens, rows, copies, blocks = np.split(words.astype(np.int64), ends)[1:]
+    block_size = cache.block_size
+    num_blocks = -(-seq_lens // block_size)
+    tables = np.zeros((num_sequences, int(num_blocks.max())), dtype=np.int64)
+    tables[np.arange(tables.shape[1]) < num_blocks[:, None]] = blocks
+    sequence_of_token = np.repeat(np.arange(num_sequences), query_lens)
+    first_token = np.cumsum(query_lens) - query_lens
+    positions = np.arange(num_tokens) - first_token[sequence_of_token] + (seq_lens - query_lens)[sequence_of_token]
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    inputs = BatchInputs(
+        input_ids=tensor(input_ids),
+        positions=tensor(positions),
+        attention=AttentionMetadata(
+            num_decodes=num_decodes,
+            query_lens=query_lens.tolist(),
+            seq_lens=seq_lens.tolist(),
+            block_tables=tensor(tables),
+            slot_blocks=tensor(tables[sequence_of_token, positions // block_size]),
+            slot_offsets=tensor(positions % block_size),
+            keys=cache.keys,
+            values=cache.values,
+        ),
+        logits_rows=tensor(rows),
+        sampled=[],
+        prompt_scored=[],
+    )
+    pairs = copies.reshape(-1, 2).tolist()
+    return inputs, [(source, target) for source, target in pairs]

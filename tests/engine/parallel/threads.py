@@ -1,0 +1,124 @@
+"""The ranks of one model as threads of the test's process: the real groups over the real loopback, without the seconds
+that starting processes costs. Rank 0 is a `tiny.Harness`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from textgen_engine.batch import BatchInputs
+from textgen_engine.config import EngineConfig, ModelConfig
+from textgen_engine.errors import RankFailure
+from textgen_engine.parallel.group import Collectives, Stop
+from textgen_engine.parallel.launch import LOOPBACK, Ranks
+from textgen_engine.parallel.split import Shard
+from textgen_engine.parallel.worker import prepare, serve
+
+from ..tiny import Harness
+
+
+class RankThreads(Ranks):
+    """Loads the parts of all other ranks at once (transformers' loader is not thread safe), then runs each on its own
+    thread."""
+
+    def __init__(self, config: EngineConfig, world_size: int, timeout_s: float = 60.0) -> None:
+        self._world_size, self._timeout_s = world_size, timeout_s
+        self._store = dist.HashStore()
+        self._model = config.model
+        self._parts = [prepare(config.model, Shard(rank, world_size)) for rank in range(1, world_size)]
+        self._threads: list[threading.Thread] = []
+        self.collectives: Collectives | None = None
+        self.others: list[Collectives] = []
+        self.failures: list[RankFailure] = []
+        self._may_go_on = threading.Event()
+        self._may_go_on.set()
+
+    @property
+    def shard(self) -> Shard:
+        return Shard(0, self._world_size)
+
+    @property
+    def model(self) -> ModelConfig:
+        return self._model
+
+    def whose_loss(self) -> str | None:
+        return None
+
+    @property
+    def parts(self) -> list[Any]:
+        """The models of ranks 1 and up."""
+        return [loaded for loaded, _ in self._parts]
+
+    def join(self) -> Collectives:
+        for rank in range(1, self._world_size):
+            self._threads.append(threading.Thread(target=self._run, args=(rank,), daemon=True))
+            self._threads[-1].start()
+        self.collectives = self._join(0)
+        return self.collectives
+
+    def close(self) -> None:
+        if self.collectives is not None:
+            self.collectives.send(Stop())
+            for thread in self._threads:
+                thread.join(10)
+                assert not thread.is_alive()
+            self.collectives = None
+            assert not self.failures, self.failures
+
+    def pause(self) -> None:
+        """From now on the other ranks hang in their next sum."""
+        self._may_go_on.clear()
+
+    def abandon(self) -> None:
+        """After a loss: let the threads end, each with its own failure."""
+        assert self.collectives is not None
+        self._may_go_on.set()
+        self.collectives.close()
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        self.collectives = None
+
+    def _run(self, rank: int) -> None:
+        try:
+            collectives = self._join(rank)
+            self.others.append(collectives)
+            all_reduce = collectives.all_reduce
+
+            def pausing_all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+                self._may_go_on.wait()
+                return all_reduce(tensor)
+
+            collectives.all_reduce = pausing_all_reduce  # type: ignore[method-assign]
+            serve(*self._parts[rank - 1], collectives)
+        except RankFailure as failure:
+            self.failures.append(failure)
+
+    def _join(self, rank: int) -> Collectives:
+        return Collectives(self._store, rank, self._world_size, address=LOOPBACK, timeout_s=self._timeout_s)
+
+
+@dataclass
+class Recorded:
+    """Every step's logits of one engine, as they came."""
+
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+
+def record_logits(harness: Harness) -> Recorded:
+    """From now on."""
+    recorded = Recorded()
+    forward: Callable[..., torch.Tensor] = harness.engine._runner.forward
+
+    def recording(inputs: BatchInputs, copies: Iterable[tuple[int, int]]) -> torch.Tensor:
+        logits = forward(inputs, copies)
+        recorded.logits.append(logits.clone())
+        return logits
+
+    harness.engine._runner.forward = recording  # type: ignore[method-assign]
+    return recorded

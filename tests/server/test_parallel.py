@@ -1,0 +1,108 @@
+"""NUM_SHARD=2 through the real server: the real model streams, a rank is killed, and nothing of it is left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from ..running_server import SERVER_ENVIRONMENT, RunningServer
+from .wire import wait_until
+
+if TYPE_CHECKING:
+    from .conftest import Connect
+    from .wire import Call, Wire
+
+NUM_STREAMS = 8
+GREEDY = {
+    "text_input": "The capital of France is",
+    "sampling_parameters": {"max_new_tokens": 24, "do_sample": False},
+}
+
+
+@pytest.fixture(scope="module")
+def split_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    options = {"MODEL_ID": str(model_dir), "NUM_SHARD": "2", "MAX_BATCH_SIZE": "8", "MAX_BATCH_TOTAL_TOKENS": "8192"}
+    running = RunningServer(tmp_path_factory.mktemp("split_server"), SERVER_ENVIRONMENT | options)
+    try:
+        yield running.wait_until_ready()
+    finally:
+        running.close()
+
+
+def _story(index: int) -> dict[str, Any]:
+    sampling = {"max_new_tokens": 900, "ignore_eos_token": True}
+    return {"text_input": f"Story {index}: once", "stream": True, "sampling_parameters": sampling}
+
+
+def _listeners(pids: list[int]) -> set[tuple[str, int]]:
+    """Addresses and ports the processes listen on."""
+    return {
+        (connection.laddr.ip, connection.laddr.port)
+        for pid in pids
+        for connection in psutil.Process(pid).net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+def test_two_ranks_stream_what_one_does(split_server: RunningServer, wire: Wire, connect: Connect) -> None:
+    """The real model: three groups of heads, so two on one rank and one on the other."""
+    split = connect(split_server)
+    assert len(split_server.pids["rank"]) == 1
+    assert split.ask(**GREEDY).text == wire.ask(**GREEDY).text
+    streamed = split.ask(stream=True, **GREEDY)
+    assert streamed.text == wire.ask(**GREEDY).text
+    assert len(streamed.responses) > 10
+    listeners = _listeners([split_server.pid("engine"), split_server.pid("rank")])
+    assert {address for address, _ in listeners} == {"127.0.0.1"}, "nobody else can reach the ranks"
+
+
+def test_a_killed_rank_costs_what_had_started_and_nothing_else(split_server: RunningServer, connect: Connect) -> None:
+    split = connect(split_server)
+    before = split.ask(**GREEDY).text
+    running: list[Call] = [split.open(**_story(index)) for index in range(NUM_STREAMS)]
+    for call in running:
+        next(call)
+    queued = [split.ask_soon(**GREEDY) for _ in range(2)]
+    wait_until(lambda: split_server.metric("tgi_queue_size") == 2, "two wait")
+    engine, rank = split_server.pid("engine"), split_server.pid("rank")
+    killed_s = time.monotonic()
+    os.kill(rank, signal.SIGKILL)
+    for ending in [split.rest_soon(call) for call in running]:
+        outcome = ending.result()
+        assert outcome.ended_s - killed_s < 5.0
+        reason = "the engine lost rank 1 of 2, which was killed by SIGKILL"
+        assert outcome.errors == [f"Request failed during generation: {reason}"]
+        finals = [response.final for response in outcome.responses]
+        assert finals == [False] * (len(finals) - 1) + [True]
+    assert [waiting.result().text for waiting in queued] == [before] * 2, "kept, and served by the next group"
+    assert split_server.metric("tgi_engine_restarts") == 1
+    assert not psutil.pid_exists(engine)
+    assert split_server.pid("rank") != rank
+
+
+@pytest.mark.parametrize("end", ["stub killed", "interrupted"])
+def test_nothing_is_left_behind(split_server: RunningServer, end: str) -> None:
+    """SIGKILL of the stub, then Ctrl-C: no process, no listener, no shared memory."""
+    if end == "stub killed":
+        below = [split_server.pid("engine"), split_server.pid("rank")]
+        os.kill(split_server.pid("textgen"), signal.SIGKILL)
+        wait_until(lambda: not any(_is_alive(pid) for pid in below), "the engine and its ranks ended")
+        return
+    below = [process.pid for process in psutil.Process(split_server.launcher.pid).children(recursive=True)]
+    command = " ".join(psutil.Process(split_server.pid("tritonserver")).cmdline())
+    [prefix] = re.findall(r"shm-region-prefix-name=(\S+)", command)
+    assert split_server.stop(signal.SIGINT) == 0
+    assert not any(_is_alive(pid) for pid in below)
+    assert not [path for path in Path("/dev/shm").iterdir() if path.name.startswith(prefix)]
+
+
+def _is_alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
