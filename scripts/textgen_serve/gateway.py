@@ -62,7 +62,7 @@ class Gateway:
         """Whether it takes requests. Costs no inference."""
         connection = http.client.HTTPConnection(host, self._port, timeout=2)
         try:
-            connection.request("GET", "/info")
+            connection.request("GET", "/chat")
             return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):
             return False

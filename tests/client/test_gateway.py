@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import ssl
 import threading
 import time
@@ -22,7 +23,7 @@ from .fake_triton import MODEL_LIMITS, Call, FakeTriton, Script, echo, response,
 
 KEYED = {"Authorization": "Bearer second-key"}
 ROUTES = ["/", "/generate", "/generate_stream", "/invocations", "/vertex", "/tokenize", "/chat_tokenize"]
-ROUTES += ["/v1/completions", "/v1/chat/completions"]
+ROUTES += ["/v1/completions", "/v1/chat/completions", "/v1/responses"]
 OPEN = ["/health", "/ping", "/info", "/v1/models", "/api-doc/openapi.json"]
 
 
@@ -79,6 +80,31 @@ def test_57_keys_guard_what_costs(http: httpx.Client) -> None:
         assert unkeyed.get("/metrics").status_code == 503  # open; it is Triton's that are missing here
     for key in ("first-key", "second-key"):
         assert http.post("/generate", json=body(), headers={"Authorization": f"bearer {key}"}).status_code == 200
+
+
+def test_60_before_the_model_is_ready(triton: FakeTriton, tmp_path: Any) -> None:
+    """Nobody there, then a server that loads, then a model that answers: 503 until the last, and no restart between."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with running_gateway(tmp_path, f"127.0.0.1:{port}", "http://127.0.0.1:1") as gateway:
+        for route in ("/health", "/ping", "/", "/info", "/metrics", "/v1/models"):
+            answer = httpx.get(gateway.url + route, timeout=20)
+            assert answer.status_code == 503, route
+            assert answer.headers["retry-after"], route
+        assert httpx.get(gateway.url + "/health", timeout=20).json()["error_type"] == "healthcheck"
+        refused = httpx.post(gateway.url + "/generate", json=body(), timeout=20)
+        assert (refused.status_code, refused.json()["error_type"]) == (503, "healthcheck")
+        with running_fake(port) as loading:
+            loading.model_ready = False
+            time.sleep(1.1)  # an answer about health is kept for a second
+            assert httpx.get(gateway.url + "/health", timeout=20).status_code == 503
+            loading.model_ready = True
+            deadline = time.monotonic() + 20
+            while httpx.get(gateway.url + "/health", timeout=20).status_code != 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            assert httpx.get(gateway.url + "/info", timeout=20).json()["max_total_tokens"] == 100
 
 
 def test_info_is_the_models_own_word(triton: FakeTriton, tmp_path: Any) -> None:
@@ -262,6 +288,8 @@ def test_tls_and_workers(triton: FakeTriton, tmp_path: Any) -> None:
     arguments = ["--tls-key", str(key), "--tls-certificate", str(chain), "--workers", "2"]
     with running_gateway(tmp_path, triton.url, "http://127.0.0.1:1", *arguments) as gateway:
         assert httpx.get(gateway.url + "/info", verify=context, timeout=20).status_code == 200
+        gateway.process.send_signal(signal.SIGTERM)
+        assert gateway.process.wait(20) == 0
 
 
 def test_keys_are_read_from_both_places(tmp_path: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 import text_generation
 from triton_metric_names import FAMILIES
 
+from .browser import ChatPage, ink, running_browser
 from .running_gateway import Gateway
 
 PROMPT = "the quick brown fox"
@@ -170,6 +171,18 @@ def test_the_chat_page_loads_nothing_from_elsewhere(http: httpx.Client) -> None:
     assert page.headers["content-security-policy"].startswith("default-src 'none'")
     assert "http://" not in page.text
     assert "https://" not in page.text
+
+
+def test_the_chat_page_talks_to_a_real_server(gateway: Gateway) -> None:
+    with running_browser() as browser:
+        page = ChatPage(browser, gateway.url)
+        page.fill(max_tokens=12, temperature=0, schema='{"enum": ["first", "second"]}')
+        page.send("hi")
+        page.wait(lambda: len(page.bubbles("assistant")) == 1 and page.is_idle(), within_s=60)
+        assert json.loads(page.bubbles("assistant")[0]) in ("first", "second")
+        assert "token" in page["rate"].text
+        assert ink(page.picture("talk")) > 0
+        assert page.complaints() == []
 
 
 def test_50_metrics_count_requests(http: httpx.Client) -> None:

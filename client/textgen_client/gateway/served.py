@@ -102,7 +102,10 @@ class Served:
         return await self._client.model_info(model=self._settings.triton_model, timeout=_TIMEOUT_S)
 
     async def _ask_adapters(self) -> tuple[str, ...]:
-        found = await self._client.adapters(timeout=_TIMEOUT_S)
+        try:
+            found = await self._client.adapters(timeout=_TIMEOUT_S)
+        except ValidationError:  # a server, or a model of it, that has none
+            return ()
         return tuple(adapter.name for adapter in found if not adapter.unloading)
 
 
