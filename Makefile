@@ -21,7 +21,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup serve test test-faults soak audit lint bench bench-compare rivals check-image monitoring-tools clean
+.PHONY: help setup serve test test-models test-faults soak audit lint bench bench-compare rivals check-image
+.PHONY: monitoring-tools clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +34,9 @@ serve: $(STAMPS)/packages ## start tritonserver and show a first answer; MODEL_I
 
 test: setup lint ## lint, type check and run every test this machine can run; ARGS="-k name" narrows
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-models: $(STAMPS)/packages $(STAMPS)/kernels ## try every causal model of transformers on the engine, tiny and random (minutes); the table of docs/models.md
+	$(BIN)/python scripts/model_coverage.py $(ARGS)
 
 test-faults: setup ## kill, hang, fill, crash: every fault on a real server; the table of docs/operations.md
 	$(BIN)/python -m pytest --faults --record-faults benchmarks/results/faults.json tests/server/test_faults_*.py $(ARGS)

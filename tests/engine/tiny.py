@@ -128,6 +128,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
     ),
     "bloom": ("BloomConfig", {"n_head": 4, "n_layer": 2}),
+    "mpt": ("MptConfig", {"n_heads": 4, "n_layers": 2, "d_model": 64, "max_seq_len": MAX_POSITIONS}),
+    "falcon": ("FalconConfig", {}),
+    "falcon_alibi": ("FalconConfig", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+    "falcon_grouped": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gptj": ("GPTJConfig", {"rotary_dim": 8, "n_inner": 96}),
+    "codegen": ("CodeGenConfig", {"rotary_dim": 8, "n_inner": 96}),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {"attention_types": [[["global", "local"], 1]], "window_size": 8, "num_layers": 2, "num_heads": 4},
+    ),
     "mamba": ("MambaConfig", {}),
     "llama4": (
         "Llama4TextConfig",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from textgen_engine.attention.bridge import MaskRule, mask_rule
+from textgen_engine.attention.bridge import MaskRule, mask_rule, paged_attention
 from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.config import ModelConfig
 from textgen_engine.errors import ModelLoadError
@@ -32,8 +33,8 @@ def load_changed(
     """Load with `change` done to the model once transformers' own logits are known."""
     stock_logits = loader.stock_logits
 
-    def then_change(model: torch.nn.Module, vocab_size: int, device: torch.device) -> torch.Tensor | None:
-        expected = stock_logits(model, vocab_size, device)
+    def then_change(model: torch.nn.Module, *rest: Any) -> torch.Tensor | None:
+        expected = stock_logits(model, *rest)
         change(model)
         return expected
 
@@ -84,6 +85,8 @@ def test_what_masks_say_reaches_attention_as_a_rule() -> None:
         (and_masks(causal_mask_function, lambda b, h, q, k: q != k), "test_trial|lambda"),
     ],
 )
-def test_other_masks_are_refused_by_name(function: Callable[..., torch.Tensor], name: str) -> None:
+def test_other_masks_are_refused_by_name_where_they_are_used(function: Callable[..., torch.Tensor], name: str) -> None:
+    rule = mask_rule(mask_function=function)
+    query = torch.zeros(1, 1, 1, 8)
     with pytest.raises(NotImplementedError, match=name):
-        mask_rule(mask_function=function)
+        paged_attention(torch.nn.Module(), query, query, query, rule)

@@ -19,6 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from textgen_engine.attention.base import AttentionBackend, AttentionMetadata, Scoring
 
 ATTENTION_NAME = "textgen_paged"
+# Where a module finds the step's metadata and backend if its model does not hand keywords on (models/families/step.py).
+STEP_ATTRIBUTE = "textgen_step"
 
 # Keywords that may be ignored since they change nothing here: dropout is checked to be 0, positions and cache layout
 # are ours, the rest are flags of transformers' own output recording.
@@ -26,16 +28,23 @@ _IGNORED = frozenset(
     {
         "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
         "position_embeddings", "output_router_logits", "num_items_in_batch", "return_dict", "past_key_values",
+        "logits_to_keep",
     }
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class MaskRule:
-    """What a mask of transformers says beyond causality."""
+    """What a mask of transformers says beyond causality. unknown: the function of it that is none of the known ones;
+    such a mask may be built, for a layer that is not run, but not used."""
 
     sliding_window: int | None = None
     chunk_size: int | None = None
+    unknown: str | None = None
+
+
+class KeywordsNotPassed(NotImplementedError):
+    """The model does not hand the keywords of its forward on to its attention."""
 
 
 def paged_attention(
@@ -71,12 +80,19 @@ def paged_attention(
         raise NotImplementedError(f"attention mask or dropout of {type(module).__name__}")
     if is_causal is False:
         raise NotImplementedError(f"attention to later tokens in {type(module).__name__}")
+    if rule.unknown is not None:
+        raise NotImplementedError(f"attention mask {rule.unknown} in {type(module).__name__}")
+    step = getattr(module, STEP_ATTRIBUTE, None)
+    if step is not None:
+        attention_metadata, attention_backend = step.metadata, step.backend
     if attention_metadata is None or attention_backend is None:
-        raise NotImplementedError(f"{type(module).__name__} does not pass keywords on to its attention")
+        raise KeywordsNotPassed(f"{type(module).__name__} does not get the keywords of its model's forward")
     if sliding_window is None:
         sliding_window = rule.sliding_window
     elif rule.sliding_window not in (None, sliding_window):
         raise NotImplementedError(f"sliding windows {sliding_window} and {rule.sliding_window} in one layer")
+    if key.shape[2] != query.shape[2]:
+        raise NotImplementedError(f"{key.shape[2]} keys for {query.shape[2]} tokens in {type(module).__name__}")
     layer = getattr(module, "layer_idx", None)
     if not isinstance(layer, int):
         raise NotImplementedError(f"{type(module).__name__} has no layer index")
@@ -99,8 +115,7 @@ def paged_attention(
 
 
 def mask_rule(*_: Any, mask_function: Callable[..., Any] | None = None, **__: Any) -> MaskRule | None:
-    """transformers' mask interface: the rule of a causal mask, None when it is causal and nothing else. Raises
-    NotImplementedError for a mask of another kind."""
+    """transformers' mask interface: the rule of a causal mask, None when it is causal and nothing else."""
     window = chunk_size = None
     for name, cells in _parts(mask_function):
         if name == "sliding_window_overlay":
@@ -108,7 +123,7 @@ def mask_rule(*_: Any, mask_function: Callable[..., Any] | None = None, **__: An
         elif name == "chunked_overlay":
             chunk_size = cells["chunk_size"]
         elif name not in _PLAIN_PARTS:
-            raise NotImplementedError(f"attention mask {name}")
+            return MaskRule(unknown=name)
     return None if window is None and chunk_size is None else MaskRule(window, chunk_size)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata, Scoring
+from textgen_engine.attention.bridge import STEP_ATTRIBUTE
 from textgen_engine.kernels.cpu import CpuKernels
 from textgen_engine.models.cpu_linear import MOST_COMPILED_ROWS
 
@@ -43,7 +44,7 @@ class FusedGatedLayer(torch.nn.Module):
         self._kernels = kernels
         self.layer_idx = trial.layer
         self.scoring = trial.scoring
-        self.num_heads, self.num_kv_heads = trial.query.shape[1], trial.key.shape[1]
+        self.num_heads, self.num_kv_heads, self.head_dim = trial.query.shape[1], trial.key.shape[1], trial.key.shape[2]
         if hasattr(layer, "attention_type"):
             self.attention_type = layer.attention_type
         self.qkv = _join(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -81,7 +82,8 @@ class FusedGatedLayer(torch.nn.Module):
         x = hidden_states[0]  # [num_tokens, hidden]
         cos, sin = (table[0] for table in position_embeddings)  # [num_tokens, dim]
         few_rows = self._kernels is not None and x.shape[0] <= MOST_COMPILED_ROWS
-        qkv = self._compiled_in(x, cos, sin) if few_rows else self._plain_in(x, cos, sin)
+        turns_all = cos.shape[1] == self.head_dim
+        qkv = self._compiled_in(x, cos, sin) if few_rows and turns_all else self._plain_in(x, cos, sin)
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         attended = attention_backend.run(
             self.layer_idx,
@@ -97,8 +99,8 @@ class FusedGatedLayer(torch.nn.Module):
     def _plain_in(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         normed = functional.rms_norm(x, self.input_norm.shape, self.input_norm, self.epsilon)
         qkv: torch.Tensor = self.qkv(normed)
-        qkv = qkv.view(x.shape[0], -1, cos.shape[1])  # [num_tokens, heads + 2 * kv_heads, dim]
-        turned = qkv[:, : self.num_heads + self.num_kv_heads]
+        qkv = qkv.view(x.shape[0], -1, self.head_dim)  # [num_tokens, heads + 2 * kv_heads, dim]
+        turned = qkv[:, : self.num_heads + self.num_kv_heads, : cos.shape[1]]
         first, second = turned.chunk(2, dim=2)
         turned.copy_(turned * cos[:, None] + torch.cat((-second, first), dim=2) * sin[:, None])
         return qkv
@@ -147,7 +149,8 @@ def fuse_layers(model: torch.nn.Module, kernels: CpuKernels | None, scorings: Ma
     for layers in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
         for index, layer in enumerate(layers):
             for family in FAMILIES:
-                if family.matches(layer):
+                # A fused layer gets a step's metadata by keyword; a model that hands none on keeps its layers.
+                if family.matches(layer) and not hasattr(layer, STEP_ATTRIBUTE):
                     fused = _tried(family, layer, kernels, scorings)
                     if fused is None:
                         num_differing += 1

@@ -24,6 +24,7 @@ from textgen_engine.kernels.cpu import CpuKernels
 from textgen_engine.kv_cache import LayerShape
 from textgen_engine.models.checkpoint import Checkpoint, find_checkpoint
 from textgen_engine.models.cpu_linear import replace_linears
+from textgen_engine.models.families import PREPARATIONS
 from textgen_engine.models.fusion import fuse_layers
 from textgen_engine.models.sharded_reading import PartHooks
 from textgen_engine.models.sharding import Plan, connect_ranks, keep_biases_of_rank_0, make_plan
@@ -101,10 +102,14 @@ def load_model(
             folder, trust_remote_code=config.trust_remote_code, **_gguf_keyword(checkpoint)
         )
         dtype = _choose_dtype(config, hf_config)
+        preparation = PREPARATIONS.get(hf_config.model_type)
+        stock_attention = "eager" if preparation is None else preparation.stock_attention
         with torch.device("meta"):
             outline = AutoModelForCausalLM.from_config(
                 hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code
             )
+        if shard is not None and preparation is not None:
+            raise CannotSplit("its attention is prepared for one process (models/families)")
         plan = None if shard is None else make_plan(outline, shard)
         _check_memory(folder, outline, plan, dtype, device)
         model, report = read_model(
@@ -137,12 +142,14 @@ def load_model(
     model = model.to(device).eval().requires_grad_(False)
     text_config = hf_config.get_text_config()
     takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+    # A rank's part is tried by itself: its partial results are as good a measure as whole ones.
+    vocab_size = text_config.vocab_size if plan is None else plan.num_local_ids
+    expected = stock_logits(model, vocab_size, device, stock_attention)
+    if preparation is not None:
+        preparation.prepare(model)
     needs = probe_layers(model, device, {"logits_to_keep": 1} if takes_rows else {})
     backend.check(needs.features)
     layers = [needs.shapes[layer] for layer in range(len(needs.shapes))]
-    # A rank's part is tried by itself: its partial results are as good a measure as whole ones.
-    vocab_size = text_config.vocab_size if plan is None else plan.num_local_ids
-    expected = stock_logits(model, vocab_size, device)
     if device.type == "cpu":
         _prepare_for_cpu(model, config, kernels, needs, fused=fused)
     if expected is not None:
@@ -154,7 +161,7 @@ def load_model(
         dtype=dtype,
         device=device,
         vocab_size=text_config.vocab_size,
-        max_positions=_max_positions(text_config),
+        max_positions=_max_positions(text_config) - (0 if preparation is None else preparation.skipped(text_config)),
         eos_token_ids=_as_set(eos_token_ids),
         takes_logits_rows=takes_rows,
         plan=plan,
@@ -171,15 +178,17 @@ def read_model(
     trust_remote_code: bool = False,
     hooks: WeightHooks | None = None,
 ) -> tuple[torch.nn.Module, Any]:
-    """transformers' model with its weights on the device, and its report on what was missing.
+    """transformers' model with its weights on the device, and its report on what was missing. Its attention is ours,
+    or transformers' own where models/families has yet to prepare it.
 
     hooks: what may change the model and its weights on their way in; for safetensors only.
     """
     bridge.register()
+    preparation = PREPARATIONS.get(hf_config.model_type)
     keywords: dict[str, Any] = {
         "config": hf_config,
         "dtype": dtype,
-        "attn_implementation": bridge.ATTENTION_NAME,
+        "attn_implementation": bridge.ATTENTION_NAME if preparation is None else preparation.stock_attention,
         "ignore_mismatched_sizes": True,  # they are reported, and refused by the caller with their names
         "output_loading_info": True,
     }

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata, Scoring
+from textgen_engine.attention.bridge import STEP_ATTRIBUTE, KeywordsNotPassed
 from textgen_engine.errors import ModelLoadError
 from textgen_engine.kv_cache import KVCache, LayerShape
+from textgen_engine.models.families.step import carry_step
 
 # What transformers' code raises when it is called in a way it was not made for.
 CALL_ERRORS = (NotImplementedError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError)
@@ -27,7 +29,9 @@ _BLOCK_SIZE = 4
 # weights or quantized activations much more is explained, and a wrong mask still shows far more.
 _TOLERANCE = 2e-3
 _TOLERANCE_16_BIT = 0.15
-_MIXERS = re.compile(r"mamba|ssm|conv|delta|linear_?attention|rwkv|recurrent|lstm|lightning|kda|rglru|shift", re.I)
+_MIXERS = re.compile(
+    r"mamba|ssm|conv(?![23]d)|delta|linear_?attention|rwkv|recurrent|lstm|lightning|kda|rglru|shift|indexer", re.I
+)
 
 
 @dataclass
@@ -48,7 +52,8 @@ class LayerNeeds:
 def probe_layers(model: torch.nn.Module, device: torch.device, keywords: dict[str, Any]) -> LayerNeeds:
     """Run two tokens through the model to see what its attention layers store and ask for.
 
-    Raises ModelLoadError for a model whose attention does not reach us, or asks for what attention/bridge.py refuses.
+    A model that does not hand keywords on to its attention is changed so that they get there. Raises ModelLoadError
+    for one whose attention does not reach us all the same, or asks for what attention/bridge.py refuses.
     """
     probe = _Probe()
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
@@ -65,6 +70,11 @@ def probe_layers(model: torch.nn.Module, device: torch.device, keywords: dict[st
                 attention_backend=probe,
                 **keywords,
             )
+    except (KeywordsNotPassed, TypeError) as error:
+        if hasattr(model, STEP_ATTRIBUTE):
+            raise ModelLoadError(f"{name} cannot be served: {_one_line(error)}{mixers_of(model)}") from error
+        carry_step(model)
+        return probe_layers(model, device, keywords)
     except CALL_ERRORS as error:
         raise ModelLoadError(f"{name} cannot be served: {_one_line(error)}{mixers_of(model)}") from error
     needs = probe.needs
@@ -79,12 +89,12 @@ def probe_layers(model: torch.nn.Module, device: torch.device, keywords: dict[st
     return needs
 
 
-def stock_logits(model: Any, vocab_size: int, device: torch.device) -> torch.Tensor | None:
-    """Logits [2, _LENGTH, vocab] of the two trial sequences by transformers' own attention; None where the model
-    cannot run like that. Leaves the model's attention as it was."""
+def stock_logits(model: Any, vocab_size: int, device: torch.device, attention: str = "eager") -> torch.Tensor | None:
+    """Logits [2, _LENGTH, vocab] of the two trial sequences by one of transformers' own attentions; None where the
+    model cannot run like that. Leaves the model's attention as it was."""
     ours = model.config._attn_implementation
     try:
-        model.set_attn_implementation("eager")
+        model.set_attn_implementation(attention)
         with torch.inference_mode():
             logits: torch.Tensor = model(input_ids=_trial_ids(vocab_size, device), use_cache=False).logits.float()
         return logits
@@ -111,14 +121,17 @@ def check_results(
         positions = torch.cat([torch.arange(start, end, device=device) for start, end in spans])
         metadata = _metadata(spans, positions, cache)
         backend.prepare(metadata)
-        with torch.inference_mode():
-            logits = model(
-                input_ids=torch.cat([ids[row, start:end] for row, (start, end) in enumerate(spans)])[None],
-                position_ids=positions[None],
-                use_cache=False,
-                attention_metadata=metadata,
-                attention_backend=backend,
-            ).logits[0]
+        try:
+            with torch.inference_mode():
+                logits = model(
+                    input_ids=torch.cat([ids[row, start:end] for row, (start, end) in enumerate(spans)])[None],
+                    position_ids=positions[None],
+                    use_cache=False,
+                    attention_metadata=metadata,
+                    attention_backend=backend,
+                ).logits[0]
+        except CALL_ERRORS as error:
+            raise ModelLoadError(f"{type(model).__name__} cannot be served: {_one_line(error)}") from error
         (start, end), (other_start, other_end) = spans
         found[0, start:end] = logits[: end - start]
         found[1, other_start:other_end] = logits[end - start :]
@@ -137,7 +150,9 @@ def check_results(
 def mixers_of(model: torch.nn.Module) -> str:
     """In words, the layers that carry state from token to token outside attention; empty when none is known."""
     classes = {type(module).__name__ for module in model.modules()} - {"Conv1D"}  # that is GPT-2's linear layer
-    names = sorted(name for name in classes if _MIXERS.search(name))
+    names = sorted(
+        n for n in classes if _MIXERS.search(n) and not n.endswith(("Model", "ForCausalLM", "Layer", "Block"))
+    )
     return f" (it has {', '.join(names[:4])}, which carry state outside the KV cache)" if names else ""
 
 
@@ -188,11 +203,8 @@ class _Probe(AttentionBackend):
     ) -> torch.Tensor:
         if layer in self.needs.shapes:
             raise NotImplementedError(f"attention layer {layer} runs twice for one token")
-        if key.shape[0] != query.shape[0] or query.shape[1] % key.shape[1]:
-            raise NotImplementedError(
-                f"attention layer {layer} has {query.shape[1]} heads for {query.shape[0]} tokens on {key.shape[1]} "
-                f"for {key.shape[0]}"
-            )
+        if query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1] or key.shape[2] != query.shape[2]:
+            raise NotImplementedError(f"attention layer {layer} has queries {tuple(query.shape)} on {tuple(key.shape)}")
         self.needs.shapes[layer] = LayerShape(key.shape[1], key.shape[2], value.shape[2])
         self.needs.scorings[layer] = scoring
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])

@@ -1,0 +1,1 @@
+"""Which causal language models of transformers the engine serves: tiny random checkpoints, tried one by one."""
