@@ -16,10 +16,12 @@ from helm_python.errors import HelmError
 from textgen_client.health import probe_parameters
 from textgen_engine.config import OPTIONS, UNSUPPORTED_OPTIONS, build_config
 
-CHART = Path(__file__).resolve().parents[2] / "docker" / "helm" / "triton-textgen"
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "docker" / "helm" / "triton-textgen"
 CASES = sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").iterdir())
 KUBERNETES = ["1.30", "1.37"]
-NOT_KUBERNETES_OWN = {"PodMonitor", "ScaledObject"}  # kinds of the Prometheus operator and of KEDA: no schema here
+# Kinds of the Prometheus operator, of KEDA and of LeaderWorkerSet: no schema here.
+NOT_KUBERNETES_OWN = {"PodMonitor", "ScaledObject", "LeaderWorkerSet"}
 
 
 def render(values: Mapping[str, Any], name: str = "textgen") -> dict[str, Any]:
@@ -41,17 +43,26 @@ def rendered(case: str) -> dict[str, Any]:
     return render(values_of(case))
 
 
-def pod(case: str) -> dict[str, Any]:
-    found: dict[str, Any] = rendered(case)["Deployment"]["spec"]["template"]["spec"]
+def templates(case: str) -> dict[str, dict[str, Any]]:
+    """Role -> pod template: `server`, and `worker` where there are several hosts."""
+    documents = rendered(case)
+    if "Deployment" in documents:
+        return {"server": documents["Deployment"]["spec"]["template"]}
+    group = documents["LeaderWorkerSet"]["spec"]["leaderWorkerTemplate"]
+    return {"server": group["leaderTemplate"], "worker": group["workerTemplate"]}
+
+
+def pod(case: str, role: str = "server") -> dict[str, Any]:
+    found: dict[str, Any] = templates(case)[role]["spec"]
     return found
 
 
-def environment(case: str) -> dict[str, str]:
-    return {entry["name"]: entry.get("value", "") for entry in pod(case)["containers"][0]["env"]}
+def environment(case: str, role: str = "server") -> dict[str, str]:
+    return {entry["name"]: entry.get("value", "") for entry in pod(case, role)["containers"][0]["env"]}
 
 
 def test_there_is_a_case_for_each_way_to_run() -> None:
-    assert CASES == ["cpu", "gpu", "hpa-pvc", "keda"]
+    assert CASES == ["cpu", "gpu", "gpus", "hpa-pvc", "keda", "leader-worker"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -62,12 +73,19 @@ def test_documents_are_valid_kubernetes(case: str, version: str) -> None:
         if kind not in NOT_KUBERNETES_OWN:
             kubernetes_validate.validate(document, version, strict=True)
             kinds.add(kind)
-    assert kinds >= {"Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy"}
+    assert kinds >= {"Service", "PodDisruptionBudget", "NetworkPolicy"}
+    for template in templates(case).values():
+        document = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
+        kubernetes_validate.validate(document, version, strict=True)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_pods_are_confined(case: str) -> None:
-    spec = pod(case)
+    for role in templates(case):
+        check_confined(pod(case, role))
+
+
+def check_confined(spec: dict[str, Any]) -> None:
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert spec["securityContext"]["runAsUser"] == 1000, "the user of the images"
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -90,14 +108,15 @@ def test_probes_ask_for_a_real_token_and_allow_for_their_own_start(case: str) ->
     container = pod(case)["containers"][0]
     for name in ("startupProbe", "readinessProbe", "livenessProbe"):
         command = container[name]["exec"]["command"]
-        assert command[:-1] == ["textgen", "health", "--url", "localhost:8001", "--timeout"]
+        asked = ["--url", "localhost:8001", "--metrics-url", "http://localhost:8002/metrics", "--timeout"]
+        assert command[:-1] == ["textgen", "health", *asked]
         assert container[name]["timeoutSeconds"] > float(command[-1])
     assert probe_parameters()["max_new_tokens"] == 1
     startup = container["startupProbe"]
     assert startup["failureThreshold"] * startup["periodSeconds"] >= 600
-    assert rendered(case)["Deployment"]["spec"]["progressDeadlineSeconds"] > (
-        startup["failureThreshold"] * startup["periodSeconds"]
-    )
+    if "Deployment" in rendered(case):
+        deadline = rendered(case)["Deployment"]["spec"]["progressDeadlineSeconds"]
+        assert deadline > startup["failureThreshold"] * startup["periodSeconds"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -112,6 +131,9 @@ def test_the_engine_takes_the_environment(case: str) -> None:
     given = environment(case)
     assert set(values_of(case).get("options", {})) <= {option.env for option in OPTIONS}
     assert not set(given) & {name.upper() for name in UNSUPPORTED_OPTIONS}
+    if "TEXTGEN_GROUP_SECRET" in given:
+        # What the pod gets from a secret, and from LeaderWorkerSet by way of a flag.
+        given |= {"TEXTGEN_GROUP_SECRET": "shared", "MASTER_ADDR": "leader"}
     build_config({}, given, has_gpu=case == "gpu")
     assert pod(case)["enableServiceLinks"] is False, "a Service named textgen would set TEXTGEN_SERVICE_HOST"
 
@@ -126,12 +148,13 @@ def test_numbers_reach_the_server_as_they_were_written() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_everything_selects_the_pods_and_names_their_ports(case: str) -> None:
     documents = rendered(case)
-    deployment = documents["Deployment"]["spec"]
-    labels = deployment["template"]["metadata"]["labels"].items()
+    labels = templates(case)["server"]["metadata"]["labels"].items()
     ports = {port["name"] for port in pod(case)["containers"][0]["ports"]}
     service = documents["Service"]["spec"]
     assert {port["targetPort"] for port in service["ports"]} == ports == {"http", "grpc", "metrics", "gateway"}
-    selectors = [service["selector"], deployment["selector"]["matchLabels"]]
+    selectors = [service["selector"]]
+    if "Deployment" in documents:
+        selectors.append(documents["Deployment"]["spec"]["selector"]["matchLabels"])
     selectors.append(documents["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"])
     selectors.append(documents["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"])
     if "PodMonitor" in documents:
@@ -139,9 +162,10 @@ def test_everything_selects_the_pods_and_names_their_ports(case: str) -> None:
         selectors.append(monitor["selector"]["matchLabels"])
         assert [endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]] == ["metrics"]
     assert all(selector.items() <= labels for selector in selectors)
-    allowed = {port["port"] for rule in documents["NetworkPolicy"]["spec"]["ingress"] for port in rule["ports"]}
+    allowed = {port["port"] for rule in documents["NetworkPolicy"]["spec"]["ingress"] for port in rule.get("ports", [])}
     assert allowed == ports
-    assert documents["NetworkPolicy"]["spec"]["egress"] == []
+    if case not in ("gpus", "leader-worker"):
+        assert documents["NetworkPolicy"]["spec"]["egress"] == []
 
 
 def test_gpu_key_and_claim() -> None:
@@ -161,7 +185,7 @@ def test_scaling_is_by_queue_and_cache() -> None:
     wanted = {m["pods"]["metric"]["name"]: m["pods"]["target"]["averageValue"] for m in scaler["metrics"]}
     assert wanted == {"tgi_queue_size": "8", "tgi_kv_cache_usage_ratio": "750m"}
     keda = rendered("keda")["ScaledObject"]["spec"]
-    assert keda["scaleTargetRef"] == {"name": target["name"]}
+    assert keda["scaleTargetRef"] == target
     assert [trigger["metadata"]["query"] for trigger in keda["triggers"]] == [
         f'sum(tgi_queue_size{{namespace="texts",pod=~"{target["name"]}-.*"}})',
         f'100 * sum(tgi_kv_cache_usage_ratio{{namespace="texts",pod=~"{target["name"]}-.*"}})',
@@ -169,6 +193,34 @@ def test_scaling_is_by_queue_and_cache() -> None:
     assert all(trigger["metadata"]["serverAddress"] for trigger in keda["triggers"])
     for case in ("hpa-pvc", "keda"):
         assert "replicas" not in rendered(case)["Deployment"]["spec"], "the scaler's alone"
+
+
+def test_one_model_over_several_hosts() -> None:
+    spec = rendered("leader-worker")["LeaderWorkerSet"]["spec"]
+    assert spec["leaderWorkerTemplate"]["size"] == 2
+    roles = templates("leader-worker")
+    service = rendered("leader-worker")["Service"]["spec"]["selector"].items()
+    assert service <= roles["server"]["metadata"]["labels"].items()
+    assert not service <= roles["worker"]["metadata"]["labels"].items()
+    shared = ("NUM_SHARD", "TEXTGEN_NUM_NODES", "MASTER_PORT", "MODEL_ID")
+    leader, worker = environment("leader-worker"), environment("leader-worker", "worker")
+    assert {name: leader[name] for name in shared} == {name: worker[name] for name in shared}
+    assert (leader["NUM_SHARD"], leader["TEXTGEN_NUM_NODES"]) == ("8", "2")
+    assert "NODE_RANK" in worker and "NODE_RANK" not in leader
+    assert "RESTRICTED_API_KEY" in leader and "RESTRICTED_API_KEY" not in worker
+    (container,) = pod("leader-worker", "worker")["containers"]
+    assert container["command"] == ["python3", "scripts/worker.py", "--master-addr=$(LWS_LEADER_ADDRESS)"]
+    assert (ROOT / container["command"][1]).exists()
+    assert "livenessProbe" not in container, "a worker waits for its server by itself"
+    assert pod("leader-worker")["containers"][0]["args"] == ["--master-addr=$(LWS_LEADER_ADDRESS)"]
+    keda = rendered("leader-worker")["ScaledObject"]["spec"]["scaleTargetRef"]
+    assert (keda["kind"], keda["apiVersion"]) == ("LeaderWorkerSet", "leaderworkerset.x-k8s.io/v1")
+
+
+def test_one_model_over_the_gpus_of_a_pod() -> None:
+    assert environment("gpus")["NUM_SHARD"] == "4"
+    assert pod("gpus")["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 4
+    assert "NUM_SHARD" not in environment("gpu")
 
 
 @pytest.mark.parametrize(
@@ -179,6 +231,15 @@ def test_scaling_is_by_queue_and_cache() -> None:
         ({"model": {"pvc": {"claimName": "a"}}, "options": {"MODEL_ID": "/x"}}, "the chart sets it"),
         ({"model": {"pvc": {"claimName": "a"}}, "autoscaling": {"kind": "keda"}}, "prometheusAddress is needed"),
         ({"model": {"pvc": {"claimName": "a"}}, "autoscaling": {"kind": "vpa"}}, "must be hpa, keda or empty"),
+        ({"model": {"pvc": {"claimName": "a"}}, "leaderWorkerSet": {"enabled": True}}, "existingSecret is needed"),
+        (
+            {
+                "model": {"pvc": {"claimName": "a"}},
+                "gpu": {"enabled": True, "count": 2},
+                "options": {"NUM_SHARD": 4},
+            },
+            "the chart sets it",
+        ),
         ({"model": {"pvc": {"claimName": "a"}}, "options": {"SPECULATE": 2}}, "not supported"),
     ],
 )

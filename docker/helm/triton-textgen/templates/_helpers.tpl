@@ -8,6 +8,28 @@ app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
+{{/* Of these pods, those that take requests. */}}
+{{- define "textgen.servers" -}}
+{{ include "textgen.selector" . }}
+app.kubernetes.io/component: server
+{{- end }}
+
+{{/* Ranks of one server, where the chart decides it; else empty. */}}
+{{- define "textgen.shards" -}}
+{{- $pods := .Values.leaderWorkerSet.enabled | ternary (int .Values.leaderWorkerSet.size) 1 }}
+{{- $each := .Values.gpu.enabled | ternary (int .Values.gpu.count) 1 }}
+{{- if gt (mul $pods $each) 1 }}{{ mul $pods $each }}{{ end }}
+{{- end }}
+
+{{/* What a scaler scales. */}}
+{{- define "textgen.target" -}}
+{{- if .Values.leaderWorkerSet.enabled -}}
+{apiVersion: leaderworkerset.x-k8s.io/v1, kind: LeaderWorkerSet, name: {{ include "textgen.name" . }}}
+{{- else -}}
+{apiVersion: apps/v1, kind: Deployment, name: {{ include "textgen.name" . }}}
+{{- end }}
+{{- end }}
+
 {{- define "textgen.labels" -}}
 {{ include "textgen.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
@@ -23,10 +45,11 @@ capabilities:
   drop: [ALL]
 {{- end }}
 
-{{/* The process that asks needs a few seconds beside the answer, so Kubernetes waits longer than the command. */}}
+{{/* The process that asks needs a few seconds beside the answer, so Kubernetes waits longer than the command. While the
+metrics show that the server generates for others, nothing is asked of it. */}}
 {{- define "textgen.probe" -}}
 exec:
-  command: [textgen, health, --url, "localhost:8001", --timeout, {{ .timeoutSeconds | quote }}]
+  command: [textgen, health, --url, "localhost:8001", --metrics-url, "http://localhost:8002/metrics", --timeout, {{ .timeoutSeconds | quote }}]
 periodSeconds: {{ .periodSeconds }}
 timeoutSeconds: {{ add .timeoutSeconds 10 }}
 failureThreshold: {{ .failureThreshold }}
@@ -47,4 +70,6 @@ failureThreshold: {{ .failureThreshold }}
 {{- $claim := not (empty .Values.model.pvc.claimName) }}{{ $init := not (empty .Values.model.init.image) }}
 {{- if eq $claim $init }}{{ fail "set exactly one of model.pvc.claimName and model.init.image" }}{{ end }}
 {{- if not (has .Values.autoscaling.kind (list "" "hpa" "keda")) }}{{ fail "autoscaling.kind must be hpa, keda or empty" }}{{ end }}
+{{- if and (include "textgen.shards" .) (hasKey .Values.options "NUM_SHARD") }}{{ fail "options.NUM_SHARD: the chart sets it, from gpu.count and leaderWorkerSet.size" }}{{ end }}
+{{- if and .Values.leaderWorkerSet.enabled (not .Values.leaderWorkerSet.secret.existingSecret) }}{{ fail "leaderWorkerSet.secret.existingSecret is needed: the ranks of a group know each other by it" }}{{ end }}
 {{- end }}
