@@ -61,6 +61,22 @@ def test_1_5_51_an_answer_its_stream_and_its_headers_agree(http: httpx.Client) -
     }
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_51_openais_routes_have_tgis_headers(http: httpx.Client, stream: bool) -> None:
+    prompts = [PROMPT, "a stream"]
+    asked = {"max_tokens": 3, "ignore_eos_token": True, "stream": stream}
+    headers = http.post("/v1/completions", json={"prompt": prompts, **asked}).headers
+    assert headers["x-compute-characters"] == str(sum(map(len, prompts)))
+    assert headers["x-compute-type"] == "cpu"
+    chat = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}], **asked}).headers
+    assert chat["x-compute-characters"] == "2"
+    if stream:
+        assert "x-generated-tokens" not in headers
+    else:
+        assert (headers["x-generated-tokens"], chat["x-generated-tokens"]) == ("6", "3")
+        assert int(headers["x-total-time"]) >= int(headers["x-inference-time"]) / 2  # of two that ran side by side
+
+
 def test_8_the_root_answers_with_a_list_and_the_prompt(http: httpx.Client) -> None:
     body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 2}}
     (answer,) = http.post("/", json=body).json()

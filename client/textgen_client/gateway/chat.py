@@ -42,6 +42,10 @@ class Chat(Exchange):
             raise ValidationError("`top_logprobs` needs `logprobs: true`")
         self._readers: list[MessageReader] = []
 
+    @property
+    def num_characters(self) -> int:
+        return sum(len(str(message.get("content") or "")) for message in self._body.messages)
+
     async def prepare(self) -> None:
         """Learn how the prompt ends; needed before the first text is read, and may run beside the generation."""
         opens = await self.backend.templates.opens_reasoning(self._body)
@@ -49,7 +53,7 @@ class Chat(Exchange):
 
     async def generate(self) -> Generation:
         """The whole answer."""
-        return await self.backend.generate(self.request, self.parameters, messages=self._body.messages)
+        return await self.backend.generate(self.request, self.whole_parameters(), messages=self._body.messages)
 
     def stream(self) -> AsyncStream:
         """The answer in chunks."""

@@ -37,11 +37,15 @@ class Completion(Exchange):
         # Where each choice's next token begins in its text.
         self._offsets = [0] * (len(self._prompts) * self.num_choices)
 
+    @property
+    def num_characters(self) -> int:
+        return sum(len(prompt["prompt"]) for prompt in self._prompts if "prompt" in prompt)
+
     async def generate(self) -> list[Generation]:
         """The whole answer to each prompt, in order; the first error ends all."""
+        parameters = self.whole_parameters()
         tasks = [
-            asyncio.ensure_future(self.backend.generate(self.request, self.parameters, **prompt))
-            for prompt in self._prompts
+            asyncio.ensure_future(self.backend.generate(self.request, parameters, **prompt)) for prompt in self._prompts
         ]
         try:
             return await asyncio.gather(*tasks)

@@ -10,12 +10,13 @@ from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
 from textgen_client.aio import AsyncStream
 from textgen_client.errors import TextgenError
 from textgen_client.gateway.backend import Backend
+from textgen_client.gateway.compute_headers import stream_headers, whole_headers
 from textgen_client.gateway.errors import openai_body
 from textgen_client.gateway.openai_bodies import Common
 from textgen_client.gateway.settings import VERSION
@@ -54,6 +55,11 @@ class Exchange(ABC):
         self._created = int(time.time())
         self._model = model
 
+    @property
+    @abstractmethod
+    def num_characters(self) -> int:
+        """Of the prompts, for TGI's header."""
+
     @abstractmethod
     def choice(self, generation: Generation, position: int, index: int) -> dict[str, Any]:
         """One choice of an answer."""
@@ -87,6 +93,10 @@ class Exchange(ABC):
         tokens_in = sum(generation.num_input_tokens or 0 for generation in generations)
         tokens_out = sum(generation.num_output_tokens or 0 for generation in generations)
         return {**self.frame(choices, chunk=False), "usage": _usage(tokens_in, tokens_out)}
+
+    def whole_parameters(self) -> dict[str, Any]:
+        """The parameters, and details, which have the timings for the headers."""
+        return {**self.parameters, "details": True}
 
     def stream_parameters(self) -> dict[str, Any]:
         """The parameters, and with usage those that make a stream's responses carry counts: each costs."""
@@ -149,7 +159,17 @@ async def stream_response(
     """A stream whose headers wait for the first response, so that a refusal has its status. beside: is done before
     the first chunk is read."""
     first, chunks = await begun(exchange.request, streams, beside)
-    return EventStream(_chunk_events(first, chunks, exchange))
+    headers = await stream_headers(exchange.backend, exchange.num_characters)
+    return EventStream(_chunk_events(first, chunks, exchange), headers)
+
+
+async def whole_response(exchange: Exchange, work: Coroutine[Any, Any, list[Generation]]) -> Response:
+    """The answer that does not stream, with TGI's headers. work: generates it."""
+    start_s = time.monotonic()
+    generations = await unless_gone(exchange.request, work)
+    elapsed_s = time.monotonic() - start_s
+    headers = await whole_headers(exchange.backend, exchange.num_characters, generations, elapsed_s)
+    return JSONResponse(exchange.whole(generations), headers=headers)
 
 
 async def begun(

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from textgen_client.gateway.backend import backend_of
 from textgen_client.gateway.chat import Chat
 from textgen_client.gateway.completion import Completion
-from textgen_client.gateway.exchange import stream_response
+from textgen_client.gateway.exchange import stream_response, whole_response
 from textgen_client.gateway.openai_bodies import ANSWERS, ChatRequest, CompletionRequest, ResponsesRequest
 from textgen_client.gateway.responses import Answering
 from textgen_client.gateway.sse import unless_gone
@@ -46,7 +46,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     chat = Chat(request, backend, body, *await backend.served.resolve(body.model))
     if body.stream:
         return await stream_response([chat.stream()], chat, chat.prepare())
-    return JSONResponse(chat.whole([await unless_gone(request, _chat_generation(chat))]))
+    return await whole_response(chat, _chat_generations(chat))
 
 
 @router.post("/completions", responses=ANSWERS, response_class=Response)
@@ -56,7 +56,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     completion = Completion(request, backend, body, *await backend.served.resolve(body.model))
     if body.stream:
         return await stream_response(completion.streams(), completion)
-    return JSONResponse(completion.whole(await unless_gone(request, completion.generate())))
+    return await whole_response(completion, completion.generate())
 
 
 @router.post("/responses", responses=ANSWERS, response_class=Response)
@@ -76,6 +76,6 @@ async def chat_text(request: Request, body: ChatRequest) -> str:
     return (await chat.generate()).text
 
 
-async def _chat_generation(chat: Chat) -> Generation:
+async def _chat_generations(chat: Chat) -> list[Generation]:
     generation, _ = await asyncio.gather(chat.generate(), chat.prepare())
-    return generation
+    return [generation]

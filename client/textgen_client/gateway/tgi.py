@@ -16,7 +16,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from textgen_client.errors import TextgenError
-from textgen_client.gateway.backend import Backend, backend_of
+from textgen_client.gateway.backend import backend_of
+from textgen_client.gateway.compute_headers import stream_headers, whole_headers
 from textgen_client.gateway.errors import retry_after, tgi_body
 from textgen_client.gateway.openai_bodies import ChatRequest
 from textgen_client.gateway.settings import VERSION
@@ -32,7 +33,7 @@ from textgen_client.gateway.tgi_bodies import (
     Info,
     SimpleToken,
 )
-from textgen_client.results import Generation, Tokenization
+from textgen_client.results import Tokenization
 
 router = APIRouter(tags=["Text Generation Inference"])
 
@@ -149,29 +150,7 @@ async def answer(request: Request, body: GenerateRequest, full_text_default: boo
     if asked is not None and (asked.details or asked.decoder_input_details):
         content["details"] = _details(details)
     elapsed_s = time.monotonic() - start_s
-    return Answered(content, {**await _stream_headers(backend, body.inputs), **_headers(generation, elapsed_s)})
-
-
-def _headers(generation: Generation, elapsed_s: float) -> dict[str, str]:
-    timings = (generation.details or {}).get("timings", {})
-    return {
-        "x-compute-time": f"{elapsed_s:.6f}",
-        "x-total-time": _ms(max(elapsed_s, timings.get("total_time", 0.0))),
-        "x-validation-time": _ms(timings.get("validation_time", 0.0)),
-        "x-queue-time": _ms(timings.get("queue_time", 0.0)),
-        "x-inference-time": _ms(timings.get("inference_time", 0.0)),
-        "x-time-per-token": _ms(timings.get("time_per_token", 0.0)),
-        "x-prompt-tokens": str(generation.num_input_tokens or 0),
-        "x-generated-tokens": str(generation.num_output_tokens or 0),
-    }
-
-
-async def _stream_headers(backend: Backend, prompt: str) -> dict[str, str]:
-    return {"x-compute-type": await backend.served.compute_type(), "x-compute-characters": str(len(prompt))}
-
-
-def _ms(seconds: float) -> str:
-    return str(int(seconds * 1000))
+    return Answered(content, await whole_headers(backend, len(body.inputs), [generation], elapsed_s))
 
 
 def _details(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,7 +183,7 @@ def _tokens(found: Tokenization) -> list[dict[str, Any]]:
 
 
 async def _stream(request: Request, body: GenerateRequest, full_text_default: bool) -> Response:
-    headers = await _stream_headers(backend_of(request), body.inputs)
+    headers = await stream_headers(backend_of(request), len(body.inputs))
     return EventStream(_events(request, body, full_text_default), headers)
 
 
