@@ -240,7 +240,7 @@ def test_one_model_over_the_gpus_of_a_pod() -> None:
             },
             "the chart sets it",
         ),
-        ({"model": {"pvc": {"claimName": "a"}}, "options": {"SPECULATE": 2}}, "not supported"),
+        ({"model": {"pvc": {"claimName": "a"}}, "options": {"ROPE_SCALING": "linear"}}, "not supported"),
     ],
 )
 def test_what_cannot_work_is_refused_before_it_is_installed(values: dict[str, Any], message: str) -> None:

@@ -47,6 +47,7 @@ LAYERS = [
         "parallel.split",
         "parallel.group",
         "parallel.linear",
+        "speculation",
     },
     {"scheduler", "attention", "models", "batch", "model_runner", "constraints", "warmup", "parallel"},
     {"engine"},
@@ -54,7 +55,7 @@ LAYERS = [
 ]
 WITHOUT_TORCH = [
     "errors", "config", "metrics", "sampling.params", "adapters.spec", "request", "sequence", "messages", "parameters",
-    "block_manager", "scheduler", "suspects", "process",
+    "block_manager", "scheduler", "speculation", "suspects", "process",
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "triton", "tokenizers", "safetensors")
 

@@ -203,12 +203,13 @@ def make_config(
     batch_invariant: bool = False,
     lora: LoraConfig | None = None,
     parallel: ParallelConfig | None = None,
+    guesses: int = 0,
 ) -> EngineConfig:
     """A configuration for one thread on the CPU."""
     return EngineConfig(
         model=ModelConfig(str(model), dtype="float32", num_threads=1, batch_invariant=batch_invariant),
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, prefix_caching=prefix_caching),
-        scheduler=SchedulerConfig(max_sequences, tokens_per_step, priority_ageing_s=ageing_s),
+        scheduler=SchedulerConfig(max_sequences, tokens_per_step, priority_ageing_s=ageing_s, num_guesses=guesses),
         limits=LimitsConfig(max_total_tokens=max_total_tokens),
         parallel=parallel or ParallelConfig(),
         supervision=SupervisionConfig(max_restarts, hang_timeout_s),

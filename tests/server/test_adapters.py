@@ -1,4 +1,4 @@
-"""LoRA adapters on a real server with the demonstration model."""
+"""LoRA adapters, and guessed tokens, on a real server with the demonstration model."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def adapted(model_dir: Path, folder: Path, tmp_path_factory: pytest.TempPathFact
         "LORA_ADAPTERS": f"first={folder / 'a'}",
         "TEXTGEN_ADAPTER_FOLDER": str(folder),
         "TEXTGEN_MAX_LORAS": "3",
+        "SPECULATE": "3",  # every text here is made with guesses, too
     }
     environment = SERVER_ENVIRONMENT | {"MODEL_ID": str(model_dir)} | options
     running = RunningServer(tmp_path_factory.mktemp("adapted"), environment)
@@ -120,6 +121,13 @@ def test_start_run_time_batch_and_crash(adapted: RunningServer, client: Client, 
 
     wait_until(lambda: bool(lines("adapter=second")), "logged")
     assert "output_tokens=8" in lines("adapter=second")[0]
+
+    # Guesses: counted, reported, and no answer's business.
+    answer = client.generate("one two three " * 8, max_new_tokens=20, adapter_id="first", details=True)
+    assert answer.details is not None
+    assert answer.details["guessed_tokens"] >= answer.details["guessed_right"] > 0
+    wait_until(lambda: adapted.metric("tgi_guessed_tokens_right") > 0, "counted")
+    assert adapted.metric("tgi_guessed_tokens") >= adapted.metric("tgi_guessed_tokens_right")
 
     # A new engine has what was loaded at run time as well, as far as it can still be read.
     client.load_adapter("lost", "c")

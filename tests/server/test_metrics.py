@@ -172,7 +172,8 @@ def test_50_known_traffic_is_counted_exactly(server: RunningServer, wire: Wire) 
         "tgi_request_failure template_error", "tgi_request_failure tool_error", "tgi_request_failure overloaded",
         "tgi_request_failure timeout", "tgi_request_failure healthcheck", "tgi_request_failure generation",
         "tgi_batch_inference_failure prefill", "tgi_batch_inference_failure decode", "tgi_batch_concat backpressure",
-        "tgi_batch_concat wait_exceeded", "tgi_preemptions", "tgi_engine_restarts", "tgi_queue_size",
+        "tgi_batch_concat wait_exceeded", "tgi_guessed_tokens", "tgi_guessed_tokens_right",
+        "tgi_preemptions", "tgi_engine_restarts", "tgi_queue_size",
         "tgi_batch_current_size", "tgi_batch_current_max_tokens", "tgi_batch_max_total_tokens",
         "tgi_kv_cache_usage_ratio", "tgi_engine_ready",
     }  # fmt: skip

@@ -565,6 +565,9 @@ def _choice_details(output: TokenOutput | None, num_tokens: int, validation_s: f
         details["seed"] = output.seed
         details["input_length"] = output.num_prompt_tokens
         details["cached_tokens"] = output.num_cached_tokens
+        if output.num_guessed_tokens:
+            details["guessed_tokens"] = output.num_guessed_tokens
+            details["guessed_right"] = output.num_guessed_right
     if output.prompt_details is not None or output.finish_reason is not None:
         details["prefill"] = [
             {"id": detail.id, "text": detail.text, "logprob": _finite(detail.logprob)}

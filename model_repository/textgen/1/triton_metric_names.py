@@ -123,6 +123,10 @@ FAMILIES: dict[str, Family] = {
     "tgi_jump_forward_tokens": _counter(
         "Of these, tokens that a grammar forced and that took no forward pass of their own", in_tgi=False
     ),
+    "tgi_guessed_tokens": _counter("Tokens guessed ahead (SPECULATE) and verified", in_tgi=False),
+    "tgi_guessed_tokens_right": _counter(
+        "Of these, tokens that came true, and took no forward pass of their own", in_tgi=False
+    ),
     "tgi_prefill_tokens": _counter("Prompt tokens computed", in_tgi=False),
     "tgi_prefix_cache_hit_tokens": _counter("Prompt tokens found in the prefix cache", in_tgi=False),
     "tgi_preemptions": _counter("Sequences preempted for want of KV blocks", in_tgi=False),

@@ -88,6 +88,8 @@ class MetricsPublisher:
         with self._lock:
             self._counts["tgi_generated_tokens", "", ""] += step.num_generated_tokens
             self._counts["tgi_jump_forward_tokens", "", ""] += step.num_forced_tokens
+            self._counts["tgi_guessed_tokens", "", ""] += step.num_guessed_tokens
+            self._counts["tgi_guessed_tokens_right", "", ""] += step.num_guessed_right
             self._counts["tgi_prefill_tokens", "", ""] += step.num_prefill_tokens
             self._counts["tgi_prefix_cache_hit_tokens", "", ""] += step.num_cached_tokens
             self._counts["tgi_preemptions", "", ""] += step.num_preemptions

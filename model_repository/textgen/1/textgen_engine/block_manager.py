@@ -54,7 +54,8 @@ class BlockManager:
 
     def num_missing(self, sequence: Sequence, num_tokens: int) -> int:
         """New blocks that `reserve` would take for this sequence, a copy of a shared last block included."""
-        missing = self.blocks_for(num_tokens) - len(sequence.block_table)
+        # A block may be there already, reserved for guesses that turned out wrong.
+        missing = max(self.blocks_for(num_tokens) - len(sequence.block_table), 0)
         return missing + (1 if self._shared_write_index(sequence) is not None else 0)
 
     def find_prefix(self, sequence: Sequence) -> list[int]:

@@ -149,6 +149,14 @@ OPTIONS: tuple[Option, ...] = (
         "without, at most; 1: no limit",
         minimum=1,
     ),
+    _tgi(
+        "speculate",
+        int,
+        0,
+        "tokens guessed ahead by n-gram lookup and verified in one step, the same text faster where it repeats; 0: off",
+        minimum=0,
+        maximum=31,
+    ),
     _tgi("max_batch_total_tokens", int, None, "size of the KV cache in tokens; default: from free memory", minimum=16),
     _tgi(
         "cuda_memory_fraction",
@@ -254,7 +262,6 @@ OPTIONS: tuple[Option, ...] = (
 # Options of TGI's launcher that mean something here but that this version cannot honour: name -> harmless values.
 UNSUPPORTED_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "quantize": ("",),
-    "speculate": ("", "0"),
     "kv_cache_dtype": ("", "auto"),
     "rope_scaling": ("",),
 }
@@ -316,6 +323,7 @@ class SchedulerConfig:
     max_waiting_steps: int = 20
     priority_ageing_s: float = 10.0
     max_step_stretch: float = 1.0
+    num_guesses: int = 0  # tokens guessed ahead per sequence; 0: none
 
 
 @dataclass(frozen=True)
@@ -495,6 +503,7 @@ def build_config(
             max_waiting_steps=values["max_waiting_tokens"],
             priority_ageing_s=values["priority_ageing_s"],
             max_step_stretch=values["max_step_stretch"],
+            num_guesses=values["speculate"],
         ),
         limits=LimitsConfig(
             max_concurrent_requests=values["max_concurrent_requests"],

@@ -148,6 +148,11 @@ class Constraints:
                     completed.append(sequence)
         return any_held, completed
 
+    def has_mask(self, sequence: Sequence) -> bool:
+        """Whether the mask of its next token can be had without waiting for another process; unconstrained: True."""
+        walk = self._walks.get(sequence)
+        return walk is None or walk.matcher.ready()
+
     def accept(self, sequence: Sequence, token_id: int) -> Accepted:
         """Tell the grammar which token was chosen. Unconstrained sequences: nothing to say."""
         walk = self._walks.get(sequence)

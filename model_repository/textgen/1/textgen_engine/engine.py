@@ -7,6 +7,7 @@ One thread runs the loop; only that thread touches scheduler, blocks, sampler an
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -22,7 +23,7 @@ from textgen_engine.adapters.spec import AdapterHandle
 from textgen_engine.batch import BatchInputs, build_inputs
 from textgen_engine.block_manager import BlockManager
 from textgen_engine.config import EngineConfig
-from textgen_engine.constraints import Accepted, Constraints, as_engine_error
+from textgen_engine.constraints import Accepted, Constraints, PendingMasks, as_engine_error
 from textgen_engine.detokenizer import Detokenizer, TextStream
 from textgen_engine.errors import (
     Cancelled,
@@ -49,6 +50,7 @@ from textgen_engine.request import FinishReason, GenerationRequest, Timings, Tok
 from textgen_engine.sampling.sampler import PromptLogprobs, SampledTokens, Sampler, prompt_logprobs
 from textgen_engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
 from textgen_engine.sequence import Sequence, SequenceStatus
+from textgen_engine.speculation import Speculator
 from textgen_engine.warmup import measure_largest_step
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,8 @@ class _Choice:
     text: TextStream
     last_token_text: str = ""
     last_token_s: float | None = None
+    num_guessed: int = 0  # tokens guessed ahead, and how many of them were right
+    num_guessed_right: int = 0
     sum_logprob: float = 0.0
     held: TokenOutput | None = None  # best_of: outputs are held back until the best are known
 
@@ -95,15 +99,27 @@ class _LiveRequest:
 
 
 @dataclass(slots=True)
-class _Launched:
-    """A step whose work is on the device since launched_s: what `_collect` needs to read it back."""
+class _Round:
+    """One call of the sampler: the token of each of some sequences. errors: what ends a sequence instead."""
 
-    batch: ScheduledBatch
     sequences: list[Sequence]
-    tokens: SampledTokens | None
+    tokens: SampledTokens
     errors: dict[Sequence, EngineError]
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A step whose work is on the device since launched_s: what `_collect` needs to read it back.
+
+    first: None where nothing is sampled. guesses: of each sequence that verifies some, where the logits rows behind
+    them begin, and the guessed tokens.
+    """
+
+    first: _Round | None
     scored: list[tuple[ScheduledSequence, PromptLogprobs]]
     launched_s: float
+    logits: torch.Tensor
+    guesses: dict[Sequence, tuple[int, tuple[int, ...]]]
 
 
 class Engine:
@@ -182,6 +198,7 @@ class Engine:
             jump_forward=config.grammar.jump_forward,
             on_checked=self._notify,
         )
+        self._speculator = Speculator(config.scheduler.num_guesses)
         self._emit = emit
         self._live: dict[str, _LiveRequest] = {}
         self._choice_of: dict[Sequence, _Choice] = {}
@@ -255,9 +272,11 @@ class Engine:
         self._any_held, completed = self._constraints.hold()
         for sequence in completed:
             self._complete(sequence, report)
+        self._guess()
         batch = self._scheduler.schedule()
         for sequence in batch.preempted:
             self._forget_sampler_state(sequence)
+            sequence.draft = ()
         self._announce_started(batch)
         if batch.entries:
             self._run_batch(batch, report)
@@ -323,18 +342,34 @@ class Engine:
         self._scheduler.advance(batch)
         errors: dict[Sequence, EngineError] = {} if masks is None else dict(masks.errors())
         rows, sequences = self._rows_to_sample(inputs.sampled, errors)
-        tokens = None
+        first = None
         if sequences:
-            index = torch.tensor(rows, device=logits.device)
-            for sequence in sequences:
-                self._ensure_sampler_state(sequence)
-            tokens = self._sampler.sample(
-                logits[index],
-                [self._sampler_slots[sequence] for sequence in sequences],
-                [sequence.num_output_tokens for sequence in sequences],
-                None if masks is None else masks.rows([inputs.sampled[row].sequence for row in rows], logits.device),
-            )
-        return _Launched(batch, sequences, tokens, errors, self._score_prompts(inputs, logits), launched_s)
+            origins = [inputs.sampled[row].sequence for row in rows]
+            first = _Round(sequences, self._sample(logits, rows, sequences, origins, masks), errors)
+        guesses = {
+            entry.sequence: (inputs.guessed_rows[entry.sequence], entry.sequence.draft[: entry.num_guessed])
+            for entry in inputs.sampled
+            if entry.num_guessed
+        }
+        return _Launched(first, self._score_prompts(inputs, logits), launched_s, logits, guesses)
+
+    def _sample(
+        self,
+        logits: torch.Tensor,
+        rows: list[int],
+        sequences: list[Sequence],
+        origins: list[Sequence],
+        masks: PendingMasks | None,
+    ) -> SampledTokens:
+        """The next token of each sequence, from its row of the logits and under the mask of its origin."""
+        for sequence in sequences:
+            self._ensure_sampler_state(sequence)
+        return self._sampler.sample(
+            logits[torch.tensor(rows, device=logits.device)],
+            [self._sampler_slots[sequence] for sequence in sequences],
+            [sequence.num_output_tokens for sequence in sequences],
+            None if masks is None else masks.rows(origins, logits.device),
+        )
 
     def _rows_to_sample(
         self, entries: list[ScheduledSequence], errors: dict[Sequence, EngineError]
@@ -391,25 +426,45 @@ class Engine:
         return scored
 
     def _collect(self, launched: _Launched, report: StepReport) -> None:
-        """Read the step back: append tokens, check stops, free what ended, say what is new."""
+        """Read the step back: append tokens, verify guesses, check stops, free what ended, say what is new."""
         metrics = report.metrics
         assert metrics is not None
         for entry, scores in launched.scored:
             self._note_prompt_scores(entry, scores)
         if not metrics.forward_s:  # not a later half of a step that failed as a whole
             metrics.prepare_s = launched.launched_s - report.time_s
-        token_ids = [] if launched.tokens is None else launched.tokens.token_ids.tolist()
+        sampled, outputs = launched.first, dict[Sequence, TokenOutput]()
+        token_ids = [] if sampled is None else sampled.tokens.token_ids.tolist()
         report.time_s = now_s = time.monotonic()
         metrics.forward_s += now_s - launched.launched_s
-        if launched.tokens is None:
-            return
-        exhausted = None if launched.tokens.exhausted is None else launched.tokens.exhausted.tolist()
-        reader = _ScoreReader(launched.tokens)
-        for row, (sequence, token_id) in enumerate(zip(launched.sequences, token_ids, strict=True)):
+        while sampled is not None:
+            outputs = self._take_tokens(sampled, token_ids, outputs, launched, report)
+            sampled = self._sample_behind_guesses(launched, outputs)
+            token_ids = [] if sampled is None else sampled.tokens.token_ids.tolist()
+        if launched.first is not None:
+            metrics.decode_s += time.monotonic() - now_s
+
+    def _take_tokens(
+        self,
+        sampled: _Round,
+        token_ids: list[int],
+        outputs: dict[Sequence, TokenOutput],
+        launched: _Launched,
+        report: StepReport,
+    ) -> dict[Sequence, TokenOutput]:
+        """Append one round's tokens. Reports the outputs that are complete for this step, and returns the others.
+
+        outputs: those of the same sequences that earlier rounds began.
+        """
+        now_s = report.time_s
+        exhausted = None if sampled.tokens.exhausted is None else sampled.tokens.exhausted.tolist()
+        reader = _ScoreReader(sampled.tokens)
+        incomplete: dict[Sequence, TokenOutput] = {}
+        for row, (sequence, token_id) in enumerate(zip(sampled.sequences, token_ids, strict=True)):
             choice = self._choice_of.get(sequence)
             if choice is None:
                 continue  # its request failed a moment ago, by another choice
-            error: EngineError | None = launched.errors.get(sequence)
+            error: EngineError | None = sampled.errors.get(sequence)
             if error is None and exhausted is not None and exhausted[row]:
                 error = InvalidParameter("no token is left that bans, allowed tokens and grammar all permit")
             accepted = Accepted(error=error) if error else self._constraints.accept(sequence, token_id)
@@ -417,8 +472,7 @@ class Engine:
                 self._fail(sequence.request.request_id, accepted.error, report)
                 continue
             choice.sum_logprob += reader.logprob(row) or 0.0
-            live = self._live[sequence.request.request_id]
-            output = TokenOutput(sequence.request.request_id, sequence.choice)
+            output = outputs.get(sequence) or TokenOutput(sequence.request.request_id, sequence.choice)
             self._append_token(choice, output, token_id, is_complete=accepted.is_complete)
             self._describe_token(choice, output, reader, row)
             if accepted.forced and output.finish_reason is None:
@@ -426,11 +480,70 @@ class Engine:
                 if error is not None:
                     self._fail(sequence.request.request_id, error, report)
                     continue
+            if self._is_as_guessed(sequence, output, launched):
+                incomplete[sequence] = output
+                continue
+            if sequence in launched.guesses:
+                self._settle_guesses(choice, output, launched.guesses[sequence][1], report)
+            live = self._live[sequence.request.request_id]
             self._time_tokens(live, choice, len(output.token_ids), now_s, report)
-            if sequence.choice == 0 and sequence.num_output_tokens == 1 and live.request.output.prompt_logprobs:
+            is_first = sequence.num_output_tokens == len(output.token_ids)
+            if sequence.choice == 0 and is_first and live.request.output.prompt_logprobs:
                 output.prompt_details = self._prompt_details(live)
             self._deliver(live, choice, output, report)
-        metrics.decode_s += time.monotonic() - now_s
+        return incomplete
+
+    # ---- guessed tokens ----------------------------------------------------------------------------------------
+
+    def _guess(self) -> None:
+        """Give the sequences that decode their guesses, for the scheduler to have verified as it sees fit."""
+        if not self._speculator.is_on:
+            return
+        for sequence in self._scheduler.running:
+            sequence.draft = ()
+            if sequence.is_decoding and not sequence.is_held:
+                # Behind the last guess one more token is sampled; more tokens than that are not wanted.
+                left = self._live[sequence.request.request_id].max_new_tokens - sequence.num_output_tokens
+                sequence.draft = self._speculator.guess(sequence, left - 1)
+
+    def _is_as_guessed(self, sequence: Sequence, output: TokenOutput, launched: _Launched) -> bool:
+        """Whether another token can be sampled in this step: all of the step's tokens so far are the guessed ones, and
+        the row behind the last of them has seen just these."""
+        if sequence not in launched.guesses or output.finish_reason is not None:
+            return False
+        guessed = launched.guesses[sequence][1]
+        is_equal = tuple(output.token_ids) == guessed[: len(output.token_ids)]
+        return is_equal and self._constraints.has_mask(sequence)
+
+    def _sample_behind_guesses(self, launched: _Launched, outputs: dict[Sequence, TokenOutput]) -> _Round | None:
+        """The next token of the sequences that said what was guessed; None where there is no such sequence.
+
+        Sampled one round after the other: penalties, grammars and randomness are then what they are without guesses.
+        """
+        sequences = [sequence for sequence in outputs if sequence in self._choice_of]
+        if not sequences:
+            return None
+        rows = [launched.guesses[sequence][0] + len(outputs[sequence].token_ids) - 1 for sequence in sequences]
+        masks = self._constraints.start_masks(sequences)
+        errors: dict[Sequence, EngineError] = {} if masks is None else dict(masks.errors())
+        return _Round(sequences, self._sample(launched.logits, rows, sequences, sequences, masks), errors)
+
+    def _settle_guesses(
+        self, choice: _Choice, output: TokenOutput, guessed: tuple[int, ...], report: StepReport
+    ) -> None:
+        """Keep the keys and values of the guesses that were right. Those of wrong ones lie behind the sequence's end,
+        where the next step's are written over them."""
+        assert report.metrics is not None
+        pairs = zip(guessed, output.token_ids, strict=False)
+        num_right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        # The last token is computed anew where no row behind it was sampled: a step needs one to go on from.
+        num_kept = min(num_right, len(output.token_ids) - 1)
+        self._scheduler.accept(choice.sequence, num_kept)
+        self._speculator.note(choice.sequence, len(guessed), num_right)
+        choice.num_guessed += len(guessed)
+        choice.num_guessed_right += num_right
+        report.metrics.num_guessed_tokens += len(guessed)
+        report.metrics.num_guessed_right += num_right
 
     def _append_token(self, choice: _Choice, output: TokenOutput, token_id: int, *, is_complete: bool) -> None:
         """Append one token to its choice; the output gets its text, and a finish reason when it was the last.
@@ -494,6 +607,7 @@ class Engine:
             sampling = live.request.sampling
             output.seed = choice_seed(sampling.seed, sequence.choice) if sampling.do_sample else None
             output.warnings = self._warnings(live, sequence)
+            output.num_guessed_tokens, output.num_guessed_right = choice.num_guessed, choice.num_guessed_right
             self._drop_sequence(sequence)
         if not live.ranks_choices:
             report.outputs.append(output)
@@ -662,6 +776,7 @@ class Engine:
         return sequence
 
     def _drop_sequence(self, sequence: Sequence) -> None:
+        self._speculator.forget(sequence)
         self._forget_sampler_state(sequence)
         self._constraints.release(sequence)
         self._scheduler.remove(sequence)

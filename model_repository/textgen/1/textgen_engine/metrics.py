@@ -24,7 +24,8 @@ class StepMetrics:
 
     inter_token_s: one gap per sampled token that was not its choice's first. batch_size: sequences in the step.
     num_forced_tokens: of the generated tokens, those that a grammar left no choice about and that were appended without
-    a forward pass of their own (jump-forward); skipped_tokens: the same by choice, where there were any.
+    a forward pass of their own (jump-forward). num_guessed_tokens, num_guessed_right: tokens guessed ahead and
+    verified, and those of them that came true. skipped_tokens: what a choice got beyond its first token, where it did.
 
     Of the step itself: is_prefill: it computed tokens of a prompt. num_started: requests in their first step.
     joined_because: why they could join others that ran already (values of the metric tgi_batch_concat), None where none
@@ -35,6 +36,8 @@ class StepMetrics:
     num_prefill_tokens: int = 0
     num_generated_tokens: int = 0
     num_forced_tokens: int = 0
+    num_guessed_tokens: int = 0
+    num_guessed_right: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     batch_size: int = 0

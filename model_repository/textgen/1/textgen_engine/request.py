@@ -133,6 +133,8 @@ class TokenOutput:
     details: one entry per new token when the request asked for token details or logprobs.
     prompt_details: on the first output only, when the request asked for them.
     finish_reason: set on the last output of the choice. seed: set on the last output when the choice was sampled.
+    num_guessed_tokens, num_guessed_right: on the last output of the choice, tokens guessed ahead (SPECULATE), and how
+    many of them came true.
     warnings: on the last output of the choice, what the client should know (say, a grammar cut short).
     error: set instead of text when the request failed (timings: as far as it came).
     is_last: no output of this request follows, of any choice.
@@ -148,6 +150,8 @@ class TokenOutput:
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     seed: int | None = None
+    num_guessed_tokens: int = 0
+    num_guessed_right: int = 0
     warnings: tuple[str, ...] = ()
     timings: Timings | None = None
     error: EngineError | None = None
@@ -165,6 +169,8 @@ class TokenOutput:
         self.num_cached_tokens = later.num_cached_tokens
         self.finish_reason = later.finish_reason
         self.seed = later.seed
+        self.num_guessed_tokens = later.num_guessed_tokens
+        self.num_guessed_right = later.num_guessed_right
         self.warnings = later.warnings
         self.timings = later.timings
         self.error = later.error

@@ -26,6 +26,9 @@ from textgen_engine.config import SchedulerConfig
 from textgen_engine.sequence import Sequence, SequenceStatus
 from textgen_engine.step_pace import StepPace
 
+# Guessed tokens are verified only while a step has fewer rows than this: beyond it arithmetic, not the reading of the
+# weights, sets a step's time, and a wrong guess costs as much as a token.
+_MOST_VERIFIED_ROWS = 32
 # A prompt is not cut into chunks smaller than this because another prompt waits beside it.
 _MIN_SHARED_CHUNK = 64
 # How many waiting sequences that do not fit are passed over in one step, to bound the step's search.
@@ -40,12 +43,16 @@ JoinReason = Literal["chunking", "backpressure", "wait_exceeded"]
 
 @dataclass(slots=True)
 class ScheduledSequence:
-    """`num_tokens` tokens of the sequence, from `start` on; `is_last` when its last known token is among them."""
+    """`num_tokens` tokens of the sequence, from `start` on; `is_last` when its last known token is among them.
+
+    num_guessed: tokens of `sequence.draft` to be verified behind it, as rows of their own.
+    """
 
     sequence: Sequence
     start: int
     num_tokens: int
     is_last: bool
+    num_guessed: int = 0
 
 
 @dataclass(slots=True)
@@ -63,7 +70,7 @@ class ScheduledBatch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(entry.num_tokens for entry in self.entries)
+        return sum(entry.num_tokens + entry.num_guessed for entry in self.entries)
 
     @property
     def num_scored_tokens(self) -> int:
@@ -133,6 +140,8 @@ class Scheduler:
             self._admit(batch, budget)
             if batch.num_started and runs_already:
                 batch.joined_because = reason
+        if not batch.preempted:
+            self._add_guesses(batch)
         self._num_steps_without_start += 1
         return batch
 
@@ -147,9 +156,15 @@ class Scheduler:
     def observe(self, batch: ScheduledBatch, step_s: float) -> None:
         """Learn from the time that a step took."""
         if self._pace is not None and batch.entries:
-            num_decodes = sum(entry.num_tokens == 1 for entry in batch.entries)
+            num_decodes = sum(1 + entry.num_guessed for entry in batch.entries if entry.num_tokens == 1)
             num_tokens = batch.num_tokens - num_decodes
             self._pace.observe(num_decodes, num_tokens, step_s)
+
+    def accept(self, sequence: Sequence, num_tokens: int) -> None:
+        """Count the verified guesses among the sequence's tokens as computed, once they are appended."""
+        if num_tokens and sequence.status is SequenceStatus.RUNNING:
+            sequence.num_computed += num_tokens
+            self._blocks.register(sequence)
 
     def check_integrity(self) -> None:
         """Assert that slots and blocks are all accounted for."""
@@ -232,6 +247,20 @@ class Scheduler:
             batch.copies += copies
             self._append(batch, sequence, chunk)
             budget -= chunk
+
+    def _add_guesses(self, batch: ScheduledBatch) -> None:
+        """Let decodes verify their guesses with what is left of the budget and of the free blocks."""
+        room = min(self._config.max_tokens_per_step, _MOST_VERIFIED_ROWS) - batch.num_tokens
+        for entry in batch.entries:
+            sequence = entry.sequence
+            num_guessed = min(len(sequence.draft), room) if sequence.is_decoding else 0
+            if num_guessed <= 0:
+                continue
+            copies = self._blocks.reserve(sequence, entry.start + 1 + num_guessed)
+            if copies is not None:
+                batch.copies += copies
+                entry.num_guessed = num_guessed
+                room -= num_guessed
 
     def _may_start_prompts(self) -> bool:
         """TGI's rule for interrupting decodes, carried over to chunks: with a waiting_served_ratio, prompts start only

@@ -45,6 +45,7 @@ class Sequence:
     num_registered_blocks: int = 0  # leading blocks already offered to the prefix cache
     is_held: bool = False  # not to be scheduled: its next mask is still being made (written by constraints.py)
     adapter: AdapterHandle | None = None  # None: the model as it is
+    draft: tuple[int, ...] = ()  # guessed next tokens, to be verified by the next step (written by the engine)
     slot: int | None = None  # row of the sampler's per-sequence state; None unless RUNNING
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
