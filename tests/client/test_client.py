@@ -243,6 +243,15 @@ def test_models(client: Client) -> None:
     ]
 
 
+def test_model_info(triton: FakeTriton, client: Client) -> None:
+    assert client.model_info().max_total_tokens == triton.info["max_total_tokens"]
+    triton.info = {**triton.info, "max_batch": 7}  # of a newer server
+    assert client.model_info().model_id == "fake"
+    triton.info = {}
+    with pytest.raises(GenerationError, match="model_id"):
+        client.model_info()
+
+
 def test_health(triton: FakeTriton, client: Client) -> None:
     assert client.health().ok
     assert parameters_of(triton.calls[-1].request)["max_new_tokens"] == 1

@@ -187,6 +187,10 @@ def test_a_stream_that_fails_midway_says_so(http: httpx.Client, triton: FakeTrit
         yield response(final=True, error="Request failed during generation: the engine died")
 
     triton.script = script
+    answer = http.post("/v1/responses", json={"input": "a", "stream": True}).text.split("\n\n")
+    last = json.loads(answer[-2].partition("data: ")[2])
+    assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
+    assert last["response"]["output"][0]["content"][0]["text"] == "a "
     blocks = http.post("/v1/completions", json={"prompt": "a", "stream": True}).text.split("\n\n")
     assert json.loads(blocks[0].removeprefix("data: "))["choices"][0]["text"] == "a "
     assert json.loads(blocks[1].removeprefix("data: "))["error"]["code"] == "generation"
@@ -201,6 +205,10 @@ def test_a_stream_that_fails_midway_says_so(http: httpx.Client, triton: FakeTrit
         ("/vertex", {"instances": [{"inputs": "a"}]}),
         ("/v1/completions", {"prompt": ["a", "b"]}),
         ("/v1/completions", {"prompt": ["a", "b"], "stream": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "stream": True}),
+        ("/v1/responses", {"input": "a"}),
+        ("/v1/responses", {"input": "a", "stream": True}),
     ],
 )
 def test_who_leaves_before_the_first_token_is_cancelled(

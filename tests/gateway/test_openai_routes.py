@@ -260,6 +260,8 @@ def test_38_39_40_conversations(client: openai.OpenAI, http: httpx.Client) -> No
     begun: Any = [*MESSAGES, {"role": "assistant", "content": "The answer is"}]
     rendered = http.post("/chat_tokenize", json={"messages": begun}).json()["templated_text"]
     assert rendered.endswith("The answer is")
+    continued = client.chat.completions.create(messages=begun, max_tokens=4, **GREEDY).choices[0].message.content
+    assert continued == client.completions.create(prompt=rendered, max_tokens=4, **GREEDY).choices[0].text
 
 
 def test_errors_are_openais_classes(client: openai.OpenAI) -> None:
@@ -271,6 +273,9 @@ def test_errors_are_openais_classes(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         client.chat.completions.create(messages=MESSAGES, model="gpt-unknown")
     assert unknown.value.code == "model_not_found"
+    picture: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/a"}}]}]
+    with pytest.raises(openai.UnprocessableEntityError, match="image_url"):  # no address is ever fetched
+        client.chat.completions.create(messages=picture, **GREEDY)
     with pytest.raises(openai.UnprocessableEntityError, match="nonsense"):
         client.chat.completions.create(messages=MESSAGES, extra_body={"nonsense": 1}, **GREEDY)
     with pytest.raises(openai.UnprocessableEntityError) as typed:

@@ -52,6 +52,18 @@ def test_special_tokens_are_added_to_text_only(loaded: Any) -> None:
     assert service.answer(TokenizerRequest(messages=chat, sampling_parameters=on)).input_ids == [1, 1, 2]
 
 
+def test_a_template_and_what_it_renders_without_tokens(loaded: Any) -> None:
+    service = _bos_service(loaded, max_input_tokens=1)  # lengths are nobody's business here
+    chat = json.dumps([{"role": "user", "content": "hello world"}]).encode()
+    rendered = service.answer(TokenizerRequest(action="render", messages=chat))
+    assert (rendered.prompt_text, rendered.input_ids) == ("<s> hello world", None)
+    source = service.answer(TokenizerRequest(action="template")).text
+    assert source == "{{ bos_token }}{% for m in messages %} {{ m.content }}{% endfor %}"
+    assert "needs `messages`" in _refusal(service, action="render", text_input=b"hello")
+    unknown = b'{"chat_template": "other"}'
+    assert "has no chat template 'other'" in _refusal(service, action="template", sampling_parameters=unknown)
+
+
 def test_truncate_keeps_the_last_tokens(service: TokenizerService, loaded: Any) -> None:
     text = "one two three four five six seven"
     ids = loaded.tokenizer(text)["input_ids"]
@@ -169,7 +181,10 @@ def test_decode(service: TokenizerService) -> None:
             {"text_input": b"a", "parameters": {"add_special_tokens": "no"}},
             "`add_special_tokens` must be true or false",
         ),
-        ({"text_input": b"a", "action": "sing"}, "`action` must be one of encode, tokenize, decode; given: 'sing'"),
+        (
+            {"text_input": b"a", "action": "sing"},
+            "`action` must be one of encode, tokenize, decode, render, template; given: 'sing'",
+        ),
         ({"text_input": b"a", "token_ids": [1]}, "`token_ids` belongs to the action `decode`"),
         ({"action": "decode"}, "the action `decode` needs `token_ids`"),
         ({"action": "decode", "token_ids": [70_000]}, "`token_ids` must hold token ids from 0 to 49151"),
