@@ -121,6 +121,12 @@ def test_start_run_time_batch_and_crash(adapted: RunningServer, client: Client, 
 
     wait_until(lambda: bool(lines("adapter=second")), "logged")
     assert "output_tokens=8" in lines("adapter=second")[0]
+    # Answered alone and twice together; a name that no adapter has never becomes a series.
+    wait_until(
+        lambda: adapted.metric("tgi_request_generated_tokens_sum", adapter="second") == 3 * NUM_TOKENS, "counted"
+    )
+    assert adapted.metric("tgi_request_success", adapter="second") == 3
+    assert adapted.metric("tgi_request_duration_count", adapter="fourth") == 0
 
     # Guesses: counted, reported, and no answer's business.
     answer = client.generate("one two three " * 8, max_new_tokens=20, adapter_id="first", details=True)
