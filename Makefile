@@ -47,6 +47,11 @@ test-faults: setup ## kill, hang, fill, crash: every fault on a real server; the
 soak: setup ## MINUTES=20 of mixed traffic with STREAMS=4 clients: leaks, lost flags, wrong answers; writes docs/soak.md
 	$(BIN)/python scripts/soak.py --minutes $(MINUTES) --streams $(STREAMS) --output benchmarks/results/soak.json --page docs/soak.md $(ARGS)
 
+audit: setup ## known vulnerabilities of what is installed, by pip-audit (asks PyPI's advisory service)
+	$(BIN)/python -m venv $(CACHE)/audit
+	$(CACHE)/audit/bin/python -m pip --disable-pip-version-check install -qq pip-audit==2.10.1
+	$(CACHE)/audit/bin/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') --skip-editable $(ARGS)
+
 lint: $(STAMPS)/packages ## ruff (style, imports, format) and mypy
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
