@@ -16,6 +16,7 @@ from pathlib import Path
 
 from textgen_engine import host_memory
 from textgen_engine.config import EngineConfig
+from textgen_engine.host_devices import visible_gpus
 from textgen_serve import checkpoint, options
 from textgen_serve.control import ControlError, ModelControl
 from textgen_serve.errors import ServeError
@@ -90,7 +91,7 @@ def check_fits(config: EngineConfig) -> checkpoint.Checkpoint:
     and the running version goes on.)"""
     model = config.model
     found = checkpoint.inspect(model.model_id, trust_remote_code=model.trust_remote_code)
-    if not checkpoint.has_gpu():
+    if not visible_gpus():
         available = host_memory.available_bytes()
         weights = found.bytes_in_memory("float32" if model.dtype == "auto" else model.dtype)
         cache = _cache_bytes(found.folder, config)
@@ -105,7 +106,7 @@ def check_fits(config: EngineConfig) -> checkpoint.Checkpoint:
 
 def checked_config(environment: Mapping[str, str]) -> EngineConfig:
     """What the new version will make of its options. Raises ServeError."""
-    return options.check(environment, checkpoint.has_gpu())
+    return options.check(environment, visible_gpus())
 
 
 def load_beside(
