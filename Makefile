@@ -6,6 +6,8 @@ COMPUTE ?= cpu
 VENV    := .venv
 CACHE   := .cache
 WORKERS ?= 2
+MINUTES ?= 20
+STREAMS ?= 4
 BIN     := $(VENV)/bin
 STAMPS  := $(VENV)/.stamps
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install -qq
@@ -39,8 +41,16 @@ test-models: $(STAMPS)/packages $(STAMPS)/kernels ## try every causal model of t
 	$(BIN)/python scripts/model_coverage.py $(ARGS)
 
 test-faults: setup ## kill, hang, fill, crash: every fault on a real server; the table of docs/operations.md
-	$(BIN)/python -m pytest --faults --record-faults benchmarks/results/faults.json tests/server/test_faults_*.py $(ARGS)
+	$(BIN)/python -m pytest --faults --record-faults benchmarks/results/faults.json tests/server/test_faults_*.py tests/server/test_fuzz.py tests/gateway/test_fuzz.py tests/engine/test_clock.py $(ARGS)
 	$(BIN)/python scripts/fault_table.py benchmarks/results/faults.json docs/operations.md
+
+soak: setup ## MINUTES=20 of mixed traffic with STREAMS=4 clients: leaks, lost flags, wrong answers; writes docs/soak.md
+	$(BIN)/python scripts/soak.py --minutes $(MINUTES) --streams $(STREAMS) --output benchmarks/results/soak.json --page docs/soak.md $(ARGS)
+
+audit: setup ## known vulnerabilities of what is installed, by pip-audit (asks PyPI's advisory service)
+	$(BIN)/python -m venv $(CACHE)/audit
+	$(CACHE)/audit/bin/python -m pip --disable-pip-version-check install -qq pip-audit==2.10.1
+	$(CACHE)/audit/bin/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') --skip-editable --strict $(ARGS)
 
 lint: $(STAMPS)/packages ## ruff (style, imports, format) and mypy
 	$(BIN)/ruff check $(SOURCES)

@@ -19,7 +19,7 @@ _OPERATOR: dict[str, str] = {
     "engine killed": "nothing; the log says why. If the kernel killed it: less memory (`TextgenEngineRestarts`)",
     "engine hangs": "nothing; `TEXTGEN_ENGINE_HEARTBEAT_TIMEOUT_S` (20, here 3) bounds it",
     "a step never ends": "nothing; `TEXTGEN_ENGINE_HANG_TIMEOUT_S` (120, here 4) bounds it",
-    "a request crashes the engine": "report the request: the log names its id",
+    "a request crashes the engine": "the log has a refused request with `error_type=validation`: report it",
     "out of memory in a step": "if it repeats: smaller `MAX_BATCH_PREFILL_TOKENS` or `MAX_BATCH_SIZE`",
     "KV cache full": "see `TextgenKvCacheNearlyFull`",
     "stub of textgen killed": "nothing; the launcher starts the server again",
@@ -29,7 +29,6 @@ _OPERATOR: dict[str, str] = {
     "disk full for logs": "make room; logging goes on by itself",
     "connects and disconnects": "nothing",
     "slow readers": "nothing; `max_new_tokens` bounds what waits for them",
-    "the clock jumps": "nothing; every duration is measured on a clock that does not jump",
     "SIGTERM": "`GRACEFUL_TERMINATION_TIMEOUT` as long as your longest answer",
 }
 

@@ -39,6 +39,13 @@ _POLL_S = 0.1
 _ANSWER_S = 600.0
 # W3C's: with them a request is part of its client's trace.
 _TRACE_HEADERS = "(traceparent|tracestate)"
+# Nothing here calls home, and nothing is fetched from a model hub behind anybody's back.
+_OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+}
 _RESTART_WINDOW_S = 600.0
 _STUB_LOOK_S = 1.0
 
@@ -80,7 +87,7 @@ class Launcher:
     def __init__(self, launch: LaunchOptions, engine_environment: dict[str, str], terminal: Terminal) -> None:
         """engine_environment: the engine's options that were given as flags, as variables."""
         self._launch = launch
-        self._environment = engine_environment
+        self._environment = {name: os.environ.get(name, value) for name, value in _OFFLINE.items()} | engine_environment
         self._terminal = terminal
         self._log_file = launch.log_file or launch.cache_dir / "logs" / f"server-{os.getpid()}.log"
         self._log = LogFollower(self._log_file)

@@ -59,6 +59,7 @@ class InferenceRequest:
         self,
         *,
         model_name: str = "",
+        model_version: int = -1,
         requested_output_names: list[str] | None = None,
         inputs: list[Tensor] | None = None,
         parameters: Mapping[str, Any] | None = None,
@@ -67,6 +68,7 @@ class InferenceRequest:
     ) -> None:
         self._traced_by_triton = traced_by_triton
         self.model_name, self.requested = model_name, requested_output_names
+        self.model_version = model_version
         self.inputs = {tensor.name(): tensor for tensor in inputs or []}
         self._parameters, self._timeout_us = dict(parameters or {}), timeout_us
 

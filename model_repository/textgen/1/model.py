@@ -61,6 +61,7 @@ class TritonPythonModel:
         """Start the engine's process and wait until the model is loaded."""
         try:
             self._config = _read_config(args)
+            self._tokenizer_version = _tokenizer_version(args)
             configure_logging(self._config.log_level, as_json=self._config.json_output, source="textgen")
             self._engine = EngineClient(self._config, self._on_report)
             self._info = self._engine.start()
@@ -162,7 +163,7 @@ class TritonPythonModel:
         if parsed.input_ids is not None:
             prompt_ids, prompt_text = parsed.input_ids, parsed.prompt_text
         else:
-            prompt_ids, prompt_text = _tokenize(request, parsed)
+            prompt_ids, prompt_text = self._tokenize(request, parsed)
         if self._config.log_prompts:
             live.logged_prompt, live.logged_texts = prompt_text, {}
         generation_request = triton_io.build_request(
@@ -175,7 +176,7 @@ class TritonPythonModel:
         )
         if parsed.options.return_full_text:
             if prompt_text is None:
-                prompt_text = _tokenize(request, parsed)[1]
+                prompt_text = self._tokenize(request, parsed)[1]
             live.prompt_prefix = prompt_text
         if generation_request.deadline_s is not None and generation_request.deadline_s <= time.monotonic():
             raise DeadlineExceeded(f"not started within {timeout_s:.3g} seconds")
@@ -192,6 +193,15 @@ class TritonPythonModel:
         self._responder.note_submitted(live)
         if live.cancelled:  # between the check and the submission
             self._engine.cancel(live.key)
+
+    def _tokenize(self, request: Any, parsed: triton_io.ParsedRequest) -> tuple[list[int], str]:
+        """Ids and text of the prompt. Until a dead instance of the tokenizer is replaced, Triton gives it requests all
+        the same, and answers after a second that it is not healthy: then another instance is asked."""
+        for _ in range(_NUM_TOKENIZER_TRIES):
+            response = triton_io.tokenizer_request(request, parsed, self._tokenizer_version).exec()
+            if not triton_io.is_from_dead_stub(response):
+                break
+        return triton_io.read_tokenizer_response(response)
 
     def _cancel_by_id(self, live: LiveRequest) -> None:
         """Answer a `cancel` request. Nothing of it is counted: it is no request to generate."""
@@ -258,16 +268,6 @@ class TritonPythonModel:
             self._fail(live, Cancelled("ended before it was queued"))
 
 
-def _tokenize(request: Any, parsed: triton_io.ParsedRequest) -> tuple[list[int], str]:
-    """Ids and text of the prompt. Until a dead instance of the tokenizer is replaced, Triton gives it requests all the
-    same, and answers after a second that it is not healthy: then another instance is asked."""
-    for _ in range(_NUM_TOKENIZER_TRIES - 1):
-        response = triton_io.tokenizer_request(request, parsed).exec()
-        if not triton_io.is_from_dead_stub(response):
-            return triton_io.read_tokenizer_response(response)
-    return triton_io.read_tokenizer_response(triton_io.tokenizer_request(request, parsed).exec())
-
-
 def _is(kind: Callable[[Any], bool], request: Any) -> bool:
     """Whether a request is of a kind; one that is malformed is of none, and refused where it is parsed."""
     try:
@@ -280,4 +280,19 @@ def _read_config(args: dict[str, str]) -> EngineConfig:
     model_config = json.loads(args["model_config"])
     parameters = {name: value["string_value"] for name, value in model_config.get("parameters", {}).items()}
     num_gpus = visible_gpus()
-    return build_config(parameters, os.environ, has_gpu=num_gpus > 0, num_gpus=num_gpus or None)
+    environment = os.environ | _version_options()
+    return build_config(parameters, environment, has_gpu=num_gpus > 0, num_gpus=num_gpus or None)
+
+
+def _version_options() -> dict[str, str]:
+    """options.json beside this file: variables of this version alone, which win over the environment. Written by
+    scripts/update_model.py, so that a version with another checkpoint can be loaded beside one that serves."""
+    path = Path(__file__).with_name("options.json")
+    return {name: str(value) for name, value in json.loads(path.read_text()).items()} if path.is_file() else {}
+
+
+def _tokenizer_version(args: dict[str, str]) -> int:
+    """The tokenizer's version of the same number, where there is one: during an update both are served, and a model
+    must be given its own tokenizer's ids. Else the latest (-1)."""
+    version = args["model_version"]
+    return int(version) if (Path(args["model_repository"]).parent / "tokenizer" / version).is_dir() else -1

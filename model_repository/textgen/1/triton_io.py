@@ -223,14 +223,17 @@ def _parse_adapter_command(
     )
 
 
-def tokenizer_request(request: Any, parsed: ParsedRequest) -> Any:
-    """The BLS request that turns the prompt of a parsed request into ids."""
+def tokenizer_request(request: Any, parsed: ParsedRequest, version: int = -1) -> Any:
+    """The BLS request that turns the prompt of a parsed request into ids. version: of the tokenizer; -1: the latest."""
     assert parsed.prompt_form is not None
     inputs = [pb_utils.get_input_tensor_by_name(request, parsed.prompt_form)]
     if parsed.given_parameters:
         inputs.append(_string_tensor("sampling_parameters", [json.dumps(parsed.given_parameters)]))
     return pb_utils.InferenceRequest(
-        model_name="tokenizer", requested_output_names=["input_ids", "prompt_text"], inputs=inputs
+        model_name="tokenizer",
+        model_version=version,
+        requested_output_names=["input_ids", "prompt_text"],
+        inputs=inputs,
     )
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ class TritonPythonModel:
             parameters = {
                 name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()
             }
-            config = read_config(parameters, os.environ)
+            config = read_config(parameters, os.environ | _version_options())
             _prepare_process(trust_remote_code=config.trust_remote_code)
             from textgen_tokenizer.loading import load
 
@@ -56,6 +57,12 @@ class TritonPythonModel:
             traceback.print_exc(file=sys.stderr)
             text = str(TokenizerError(f"the tokenizer failed: {type(error).__name__}"))
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, pb_utils.TritonError.INTERNAL))
+
+
+def _version_options() -> dict[str, str]:
+    """options.json beside this file, as in textgen: variables of this version alone, which win over the environment."""
+    path = Path(__file__).with_name("options.json")
+    return {name: str(value) for name, value in json.loads(path.read_text()).items()} if path.is_file() else {}
 
 
 def _prepare_process(trust_remote_code: bool) -> None:

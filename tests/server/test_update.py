@@ -1,0 +1,101 @@
+"""scripts/update_model.py on a server with live streams: they go on with the old model, what is new gets the new."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..engine.tiny import save_checkpoint
+from ..running_server import REPOSITORY_ROOT
+from .faults import MAX_TOTAL_TOKENS, OPTIONS
+
+if TYPE_CHECKING:
+    from ..running_server import RunningServer, StartServer
+    from .conftest import Connect
+
+NUM_STREAMS = 4
+TEXT = "the quick brown fox"
+SHORT: dict[str, Any] = {
+    "text_input": TEXT,
+    "sampling_parameters": {"max_new_tokens": 24, "ignore_eos_token": True},
+}
+LONG: dict[str, Any] = {
+    "text_input": TEXT,
+    "stream": True,
+    "sampling_parameters": {"max_new_tokens": 25_000, "ignore_eos_token": True},
+}
+
+
+def _update(server: RunningServer, repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    script = REPOSITORY_ROOT / "scripts" / "update_model.py"
+    command = [sys.executable, str(script), "--ready-file", str(server.ready_file), "--model-repository"]
+    return subprocess.run([*command, str(repository), *arguments], capture_output=True, text=True, timeout=240)
+
+
+def test_versions_change_without_a_gap(
+    start_server: StartServer, connect: Connect, tmp_path: Path, lasting_model: Path
+) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(REPOSITORY_ROOT / "model_repository", repository, ignore=shutil.ignore_patterns("__pycache__"))
+    other = save_checkpoint(tmp_path / "other", seed=1, max_position_embeddings=MAX_TOTAL_TOKENS)
+    server = start_server("--model-repository", str(repository), **OPTIONS | {"MODEL_ID": str(lasting_model)})
+    wire = connect(server)
+    old_text = wire.ask(**SHORT).text
+    streams = [wire.open(**LONG) for _ in range(NUM_STREAMS)]
+    begun = ["".join(next(stream).text for _ in range(60)) for stream in streams]
+    assert all(text.startswith(old_text[:20]) for text in begun)
+
+    # Refused before anything is loaded.
+    huge = shutil.copytree(other, tmp_path / "huge")
+    _claim_weights(huge / "model.safetensors", num_bytes=4 << 40)
+    refused = _update(server, repository, "--model-id", str(huge))
+    assert refused.returncode == 1
+    assert "not enough memory for two versions at once" in refused.stderr
+    # Refused by the engine as it loads; what runs goes on, and nothing is left behind.
+    broken = shutil.copytree(other, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
+    failed = _update(server, repository, "--model-id", str(broken))
+    assert failed.returncode == 1
+    assert "version 2 could not be loaded, version 1 goes on" in failed.stderr
+    assert not (repository / "textgen" / "2").exists()
+    assert wire.ask(**SHORT).text == old_text
+
+    done = _update(server, repository, "--model-id", str(other), "--drain-timeout", "0")
+    assert done.returncode == 0, done.stderr
+    assert "version 2 serves; version 1 still has requests" in done.stdout
+    new_text = wire.ask(**SHORT).text
+    assert new_text != old_text
+    assert wire.ask(model="ensemble", **SHORT).text == new_text
+    assert server.metric("tgi_engine_ready", version="2") == 1
+
+    # The old streams still grow, with the old model's text, and end when they are told to.
+    alone = "".join(next(streams[0]).text for _ in range(100))
+    assert [alone[:50] == "".join(next(stream).text for _ in range(100))[:50] for stream in streams[1:]] == [True] * 3
+    for stream in streams:
+        stream.cancel()
+    deadline = time.monotonic() + 60
+    while server.metric("tgi_engine_ready", version="1"):
+        assert time.monotonic() < deadline, "the old version is not unloaded"
+        time.sleep(0.1)
+
+    back = _update(server, repository, "--rollback")
+    assert back.returncode == 0, back.stderr
+    assert "version 1 serves" in back.stdout
+    assert wire.ask(**SHORT).text == old_text
+    assert not (repository / "textgen" / "2").exists()
+
+
+def _claim_weights(path: Path, num_bytes: int) -> None:
+    """A well-formed file whose size is only claimed."""
+    tensor = {"dtype": "F32", "shape": [num_bytes // 4], "data_offsets": [0, num_bytes]}
+    header = json.dumps({"weight": tensor}).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + num_bytes)
