@@ -33,16 +33,28 @@ def split(text: bytes) -> list[bytes]:
     return [bytes([byte]) for byte in text]
 
 
-@given(value=json_values, indent=st.sampled_from([None, 1]), ascii_only=st.booleans())
-def test_json_passes(vocabulary: Vocabulary, value: object, indent: int | None, ascii_only: bool) -> None:
-    text = json.dumps(value, indent=indent, ensure_ascii=ascii_only).encode()
+@given(value=json_values, indent=st.sampled_from([None, 1]))
+def test_json_passes(vocabulary: Vocabulary, value: object, indent: int | None) -> None:
+    text = json.dumps(value, indent=indent, ensure_ascii=False).encode()
+    if b"\\u" in text:  # a control character, which has no other form
+        return
     assert accepts(TextTables(vocabulary), split(text))
     assert accepts(TextTables(vocabulary, is_strict=True), split(text))
 
 
 def test_what_is_taken_away(vocabulary: Vocabulary) -> None:
     plain, strict = TextTables(vocabulary), TextTables(vocabulary, is_strict=True)
-    for text in (b'"a\nb"', b'"\\\n"', b"\x0b1", b"\xe6\x97", b"\xad", b"\xe6a", b"\xc0\x80", b"\xed\xa0\x80"):
+    for text in (
+        b'"a\nb"',
+        b'"\\\n"',
+        b"\x0b1",
+        b"\xe6\x97",
+        b"\xad",
+        b"\xe6a",
+        b"\xc0\x80",
+        b"\xed\xa0\x80",
+        rb'"\u0061"',
+    ):
         assert not accepts(plain, split(text)), text
     for text in (b"[1,]", b'{"a":1 , \n}', b"1e5", b"1.e5", b"[2E-3]"):
         assert accepts(plain, split(text))

@@ -100,6 +100,18 @@ def test_no_name_or_character_passes_in_disguise(llguidance_walker: Any, schema:
         assert not llguidance_walker.accepts(compiled, text)
 
 
+def test_no_name_passes_in_disguise_anywhere(walker: Any) -> None:
+    compiled = walker.compile(schema_form({"type": "object", "properties": {"a": INTEGER}}))
+    assert walker.accepts(compiled, '{"a": 1}')
+    assert not walker.accepts(compiled, r'{"\u0061": "x"}')
+    try:
+        compiled = walker.compile(schema_form({"type": "object", "properties": {'a"b': INTEGER}}))
+    except GrammarError as error:
+        assert (walker.backend.name, "escapes" in error.message) == ("xgrammar", True)  # noqa: PT017
+    else:
+        assert not walker.accepts(compiled, r'{"a\"b": "x"}')
+
+
 @pytest.mark.parametrize(
     ("schema", "texts"),
     [

@@ -29,6 +29,7 @@ class Capabilities:
     count_properties: bool = False
     mixed_enums: bool = True
     untyped: bool = True
+    escaped_names: bool = True
 
 
 LLGUIDANCE = Capabilities(
@@ -42,7 +43,7 @@ LLGUIDANCE = Capabilities(
     forbidden_properties=True,
     count_properties=True,
 )
-XGRAMMAR = Capabilities("xgrammar")
+XGRAMMAR = Capabilities("xgrammar", escaped_names=False)
 LMFE = Capabilities(
     "lmfe", number_bounds=False, prefix_items=False, open_objects=False, mixed_enums=False, untyped=False
 )

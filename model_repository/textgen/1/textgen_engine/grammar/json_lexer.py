@@ -1,9 +1,9 @@
-"""`TextTracker`: which bytes may follow, as far as UTF-8 and JSON's own lexical rules say, whatever a backend allows.
+r"""`TextTracker`: which bytes may follow, as far as UTF-8 and JSON's own lexical rules say, whatever a backend allows.
 
 Some libraries let raw control characters into JSON strings, halves of characters where whole ones belong, commas before
-closing brackets, and exponents into numbers where they do not belong (`1.e5`, or `1e-5` for an integer). A tracker
-follows the bytes of the tokens taken and gives the rows of tokens that keep the text well formed. It only ever takes
-tokens away.
+closing brackets, `\u` escapes by which one name passes for another, and exponents into numbers where they do not belong
+(`1.e5`, or `1e-5` for an integer). A tracker follows the bytes of the tokens taken and gives the rows of tokens that
+keep the text well formed. It only ever takes tokens away.
 """
 
 from __future__ import annotations
@@ -46,7 +46,12 @@ class TextTables:
         for token_id, piece in enumerate(vocabulary.token_bytes):
             if not piece:
                 continue
-            if min(piece) < 0x20 or (is_strict and any(byte in b"eE]}" for byte in piece)):
+            if (
+                min(piece) < 0x20
+                or b"\\u" in piece
+                or piece.startswith(b"u")
+                or (is_strict and any(byte in b"eE]}" for byte in piece))
+            ):
                 self._suspect.append(token_id)
             if 0x80 <= piece[0] < 0xC0:
                 self._continuing.append(token_id)
@@ -121,6 +126,8 @@ def advance_json(lexical: _Lexical, piece: bytes, *, is_strict: bool) -> _Lexica
         elif byte < 0x20:
             return None
         elif lexical is _Lexical.ESCAPE:
+            if byte == 0x75:
+                return None  # \u0061 would be another name than "a" to the libraries, and the same to a reader
             lexical = _Lexical.STRING
         elif byte == 0x5C:
             lexical = _Lexical.ESCAPE

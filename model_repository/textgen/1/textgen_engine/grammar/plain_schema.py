@@ -445,6 +445,10 @@ class SchemaWriter:
         self, branch: ObjectBranch, properties: dict[str, Any], patterns: dict[str, Any], additional: Any, place: str
     ) -> dict[str, Any]:
         can = self._can
+        if not can.escaped_names:
+            for name in properties:
+                if canonical(name) != f'"{name}"':
+                    raise Inexpressible("properties", place, f"the name {name!r:.60}, which JSON writes with escapes")
         if patterns and not can.pattern_properties:
             raise Inexpressible("patternProperties", place)
         forbidden = [name for name, inner in properties.items() if inner is False]
