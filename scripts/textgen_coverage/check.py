@@ -15,6 +15,7 @@ from textgen_engine.config import CacheConfig, EngineConfig, LimitsConfig, Model
 from textgen_engine.engine import Engine
 from textgen_engine.errors import ConfigError, EngineError, ModelLoadError
 from textgen_engine.messages import StepReport
+from textgen_engine.models.loader import DENSE_HINT
 from textgen_engine.request import GenerationRequest, OutputParams, StoppingParams
 
 Outcome = Literal["works", "refused", "differs", "fails", "untried"]
@@ -53,7 +54,8 @@ def compare(model_type: str, folder: Path) -> Verdict:
     try:
         answers = _run_engine(folder, prompts)
     except (ModelLoadError, ConfigError) as error:
-        return Verdict(model_type, "refused", " ".join(str(error).replace(str(folder), "the checkpoint").split()))
+        reason = str(error).replace(str(folder), "the checkpoint").removesuffix(f" ({DENSE_HINT})")
+        return Verdict(model_type, "refused", " ".join(reason.split()))
     except Exception as error:
         return Verdict(model_type, "fails", _line(error))
     try:

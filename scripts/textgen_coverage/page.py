@@ -50,6 +50,18 @@ caps, attention sinks, ALiBi, layers without positions.
 
 One line of the log says at each load what was applied.
 
+## A model that is refused
+
+`TEXTGEN_DENSE_FALLBACK=true` serves it all the same, as transformers computes it: each text anew for every token, at
+most 4096 tokens long, with a warning in the log. It is for trying a model out, not for traffic.
+
+## Your own model
+
+- `TRUST_REMOTE_CODE=true` runs the modelling code that lies in the checkpoint's folder (`auto_map` in `config.json`).
+  It is tried like any other at load. Its attention must call transformers' attention interface, with `layer_idx`.
+- A class that Python code has registered with transformers' `AutoConfig` and `AutoModelForCausalLM` is found as well;
+  the code has to run in the engine's process, for instance from a `.pth` file or `sitecustomize`.
+
 ## The sweep
 
 `make test-models` makes a tiny random checkpoint of every causal language model that transformers {version} knows, and

@@ -201,13 +201,22 @@ def make_config(
     max_restarts: int = 5,
     hang_timeout_s: float = 120.0,
     batch_invariant: bool = False,
+    dense_fallback: bool = False,
+    trust_remote_code: bool = False,
     lora: LoraConfig | None = None,
     parallel: ParallelConfig | None = None,
     guesses: int = 0,
 ) -> EngineConfig:
     """A configuration for one thread on the CPU."""
     return EngineConfig(
-        model=ModelConfig(str(model), dtype="float32", num_threads=1, batch_invariant=batch_invariant),
+        model=ModelConfig(
+            str(model),
+            dtype="float32",
+            num_threads=1,
+            batch_invariant=batch_invariant,
+            dense_fallback=dense_fallback,
+            trust_remote_code=trust_remote_code,
+        ),
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, prefix_caching=prefix_caching),
         scheduler=SchedulerConfig(max_sequences, tokens_per_step, priority_ageing_s=ageing_s, num_guesses=guesses),
         limits=LimitsConfig(max_total_tokens=max_total_tokens),

@@ -93,6 +93,12 @@ OPTIONS: tuple[Option, ...] = (
         False,
         "results equal to the last bit whatever the batch, at about half the speed (CPU, float32)",
     ),
+    _own(
+        "dense_fallback",
+        bool,
+        False,
+        "serve a model that paged attention cannot serve, computing each text anew for every token",
+    ),
     # One model over several processes and hosts.
     _tgi("num_shard", int, None, "ranks the model is split over; default: all visible GPUs, 1 on CPU", minimum=1),
     _tgi("sharded", bool, None, "false: one rank; true: refuse to start with only one"),
@@ -281,6 +287,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     device: str = "cpu"
     batch_invariant: bool = False
+    dense_fallback: bool = False
     num_threads: int | None = None
 
 
@@ -486,6 +493,7 @@ def build_config(
             trust_remote_code=values["trust_remote_code"],
             device="cuda" if has_gpu else "cpu",
             batch_invariant=values["batch_invariant"],
+            dense_fallback=values["dense_fallback"],
             num_threads=values["num_threads"],
         ),
         parallel=parallel,

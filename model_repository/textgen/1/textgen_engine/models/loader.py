@@ -24,6 +24,8 @@ from textgen_engine.kernels.cpu import CpuKernels
 from textgen_engine.kv_cache import LayerShape
 from textgen_engine.models.checkpoint import Checkpoint, find_checkpoint
 from textgen_engine.models.cpu_linear import replace_linears
+from textgen_engine.models.dense import DENSE_LAYERS, DenseFallback
+from textgen_engine.models.dense import MAX_POSITIONS as DENSE_POSITIONS
 from textgen_engine.models.families import PREPARATIONS
 from textgen_engine.models.fusion import fuse_layers
 from textgen_engine.models.sharded_reading import PartHooks
@@ -47,6 +49,8 @@ _UNREADABLE = (
     SafetensorError,
     StrictDataclassError,
 )
+# What the refusal of a model ends with.
+DENSE_HINT = "TEXTGEN_DENSE_FALLBACK=true would serve it, slowly"
 
 
 @dataclass(frozen=True)
@@ -145,15 +149,30 @@ def load_model(
     # A rank's part is tried by itself: its partial results are as good a measure as whole ones.
     vocab_size = text_config.vocab_size if plan is None else plan.num_local_ids
     expected = stock_logits(model, vocab_size, device, stock_attention)
-    if preparation is not None:
-        preparation.prepare(model)
-    needs = probe_layers(model, device, {"logits_to_keep": 1} if takes_rows else {})
-    backend.check(needs.features)
-    layers = [needs.shapes[layer] for layer in range(len(needs.shapes))]
-    if device.type == "cpu":
-        _prepare_for_cpu(model, config, kernels, needs, fused=fused)
-    if expected is not None:
-        check_results(model, backend, layers, expected, dtype)
+    max_positions = _max_positions(text_config) - (0 if preparation is None else preparation.skipped(text_config))
+    try:
+        if preparation is not None:
+            preparation.prepare(model)
+        needs = probe_layers(model, device, {"logits_to_keep": 1} if takes_rows else {})
+        backend.check(needs.features)
+        layers = [needs.shapes[layer] for layer in range(len(needs.shapes))]
+        if config.dense_fallback and expected is not None:  # now, for what is fused below cannot be undone
+            check_results(model, backend, layers, expected, dtype)
+    except ModelLoadError as error:
+        if not config.dense_fallback:
+            raise ModelLoadError(f"{error} ({DENSE_HINT})") from error
+        if expected is None or shard is not None or config.batch_invariant or not fused:
+            raise ModelLoadError(
+                f"{error}; nor can it be computed densely with ranks, adapters or batch_invariant"
+            ) from error
+        logger.warning("SLOW: %s. Every token computes its whole text anew, without a KV cache.", error)
+        model, layers, takes_rows = DenseFallback(model), DENSE_LAYERS, True
+        max_positions = min(max_positions, DENSE_POSITIONS)
+    else:
+        if device.type == "cpu":
+            _prepare_for_cpu(model, config, kernels, needs, fused=fused)
+        if expected is not None:
+            check_results(model, backend, layers, expected, dtype)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -161,7 +180,7 @@ def load_model(
         dtype=dtype,
         device=device,
         vocab_size=text_config.vocab_size,
-        max_positions=_max_positions(text_config) - (0 if preparation is None else preparation.skipped(text_config)),
+        max_positions=max_positions,
         eos_token_ids=_as_set(eos_token_ids),
         takes_logits_rows=takes_rows,
         plan=plan,
