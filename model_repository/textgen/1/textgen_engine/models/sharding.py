@@ -76,6 +76,18 @@ FAMILIES: dict[str, Family] = {
         outputs={"attn.c_attn": "stacked qkv", "mlp.c_fc": "inner"},
         inputs={"attn.c_proj": "query", "mlp.c_proj": "inner"},
     ),
+    "bloom": Family(
+        outputs={"self_attention.query_key_value": "grouped qkv", "mlp.dense_h_to_4h": "inner"},
+        inputs={"self_attention.dense": "query", "mlp.dense_4h_to_h": "inner"},
+    ),
+    "mpt": Family(
+        outputs={"attn.Wqkv": "stacked qkv", "ffn.up_proj": "inner"},
+        inputs={"attn.out_proj": "query", "ffn.down_proj": "inner"},
+    ),
+    "gptj": Family(
+        outputs={"attn.q_proj": "query", "attn.k_proj": "kv", "attn.v_proj": "kv", "mlp.fc_in": "inner"},
+        inputs={"attn.out_proj": "query", "mlp.fc_out": "inner"},
+    ),
     "gpt_neox": Family(outputs={"attention.query_key_value": "grouped qkv"}, inputs={"attention.dense": "query"}),
     "opt": Family(
         outputs={"self_attn.q_proj": "query", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv", "fc1": "inner"},
@@ -91,8 +103,8 @@ FAMILIES: dict[str, Family] = {
     "olmo3": _NORMS_OVER_HEADS,
     "olmoe": _NORMS_OVER_HEADS,
 }
-# StarCoder: with one key-value head for all, the three parts lie behind one another; with one for each, head by head.
-_BIGCODE_LAYOUTS = {True: "stacked qkv", False: "grouped qkv"}
+# Where one key-value head serves all queries, the three parts lie behind one another; else they lie group by group.
+_MULTI_QUERY_LAYOUTS = {True: "stacked qkv", False: "grouped qkv"}
 
 
 @dataclass
@@ -156,6 +168,8 @@ def make_plan(model: Any, shard: Shard) -> Plan:
     config = model.config.get_text_config()
     plan = Plan(shard, config.vocab_size)
     family = _family_of(config)
+    if config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False):
+        raise CannotSplit("its attention has linear biases, which are worked out for all heads at once")
     stock = model.tp_plan or {}
     if not family.outputs and not stock:
         raise CannotSplit("neither transformers nor this server knows how to split its layers")
@@ -174,8 +188,14 @@ def make_plan(model: Any, shard: Shard) -> Plan:
 def _family_of(config: Any) -> Family:
     if config.model_type == "gpt_bigcode":
         return Family(
-            outputs={"attn.c_attn": _BIGCODE_LAYOUTS[config.multi_query], "mlp.c_fc": "inner"},
+            outputs={"attn.c_attn": _MULTI_QUERY_LAYOUTS[config.multi_query], "mlp.c_fc": "inner"},
             inputs={"attn.c_proj": "query", "mlp.c_proj": "inner"},
+        )
+    if config.model_type == "falcon":
+        layout = _MULTI_QUERY_LAYOUTS[config.multi_query and not config.new_decoder_architecture]
+        return Family(
+            outputs={"self_attention.query_key_value": layout, "mlp.dense_h_to_4h": "inner"},
+            inputs={"self_attention.dense": "query", "mlp.dense_4h_to_h": "inner"},
         )
     return FAMILIES.get(config.model_type, Family())
 
@@ -214,8 +234,8 @@ def _plan_attention(plan: Plan, name: str, module: Any, config: Any, family: Fam
 def _num_heads(config: Any) -> tuple[int, int]:
     num_query = config.num_attention_heads
     num_kv = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
-    if hasattr(config, "multi_query"):  # StarCoder: its configuration's other names say nothing
-        num_kv = 1 if config.multi_query else num_query
+    if hasattr(config, "multi_query") and not getattr(config, "new_decoder_architecture", False):
+        num_kv = 1 if config.multi_query else num_query  # StarCoder and old Falcons: other names say nothing
     return num_query, num_kv or num_query
 
 
@@ -348,6 +368,7 @@ def _tell_size(module: Any, whole: torch.Size, part: tuple[int, ...]) -> None:
 
 def _tell_heads(module: Any, heads: Heads, configs: dict[tuple[int, Heads], Any]) -> None:
     """Set what attention modules keep of their heads, under the names transformers' classes use."""
+    module.heads_of_rank = heads  # for what is worked out per head from their number, such as ALiBi's slopes
     dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
     local_query, local_kv = heads.num_local_query, heads.num_local_kv
     for name, whole, part in _numbers(heads, dim):
@@ -365,7 +386,7 @@ def _tell_heads(module: Any, heads: Heads, configs: dict[tuple[int, Heads], Any]
 
 def _numbers(heads: Heads, dim: int | None) -> Iterator[tuple[str, int, int]]:
     """Attribute, its value for the whole model, its value for the rank."""
-    for name in ("num_heads", "num_attention_heads"):
+    for name in ("num_heads", "num_attention_heads", "n_heads"):
         yield name, heads.num_query, heads.num_local_query
     for name in ("num_key_value_heads", "num_kv_heads", "kv_heads"):
         yield name, heads.num_kv, heads.num_local_kv
