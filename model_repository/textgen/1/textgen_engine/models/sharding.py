@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from textgen_engine.adapters.peft_folder import LinearSizes
 from textgen_engine.models.fusion import FusedGatedLayer
 from textgen_engine.parallel.group import Collectives
 from textgen_engine.parallel.linear import NormOverHeads, SummedOverRanks, VocabularyEmbedding, VocabularyHead
@@ -114,6 +115,7 @@ class Plan:
     slices: parameter -> the rank's part; what is not named is held whole by every rank. heads: per attention module.
     partial: modules whose results are to be added up. biased: those of them whose bias only rank 0 may add.
     norms: norms over all heads, with the whole width. embedding, head: modules split by the vocabulary, if any.
+    by_outputs, by_inputs: linear layers, each with the rank's outputs or inputs and how many there are in all.
     """
 
     shard: Shard
@@ -125,6 +127,20 @@ class Plan:
     norms: dict[str, int] = field(default_factory=dict)
     embedding: str | None = None
     head: str | None = None
+    by_outputs: dict[str, tuple[tuple[Range, ...], int]] = field(default_factory=dict)
+    by_inputs: dict[str, tuple[tuple[Range, ...], int]] = field(default_factory=dict)
+
+    def whole_sizes(self, name: str, part: LinearSizes) -> tuple[int, int]:
+        """Inputs and outputs of the whole model's linear layer, of which `part` is the rank's."""
+        _, num_inputs = self.by_inputs.get(name, ((), part.num_inputs))
+        _, num_outputs = self.by_outputs.get(name, ((), part.num_outputs))
+        return num_inputs, num_outputs
+
+    def part_of_products(self, name: str, down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of an adapter's down [rank, inputs] and up [rank, outputs] for a layer, what goes with the rank's part."""
+        inputs, _ = self.by_inputs.get(name, (None, 0))
+        outputs, _ = self.by_outputs.get(name, (None, 0))
+        return _columns(down, inputs), _columns(up, outputs)
 
     @property
     def num_local_ids(self) -> int:
@@ -304,12 +320,14 @@ def _split_experts(plan: Plan, name: str, module: Any) -> None:
 
 def _split_outputs(plan: Plan, name: str, module: Any, part: tuple[Range, ...]) -> None:
     plan.slices[f"{name}.weight"] = Slice(_output_dim(module), part)
+    plan.by_outputs[name] = part, _num_outputs(module)
     if module.bias is not None:
         plan.slices[f"{name}.bias"] = Slice(0, part)
 
 
 def _split_inputs(plan: Plan, name: str, module: Any, part: tuple[Range, ...]) -> None:
     plan.slices[f"{name}.weight"] = Slice(1 - _output_dim(module), part)
+    plan.by_inputs[name] = part, _num_inputs(module)
     plan.partial.append(name)
     if module.bias is not None:
         plan.biased.append(name)
@@ -342,6 +360,7 @@ def _plan_vocabulary(plan: Plan, model: Any) -> None:
     plan.vocab_size = head.weight.shape[0]
     plan.head = names[head]
     plan.slices[f"{plan.head}.weight"] = part
+    plan.by_outputs[plan.head] = part.ranges, plan.vocab_size
     if head.bias is not None:
         plan.slices[f"{plan.head}.bias"] = part
 
@@ -352,6 +371,10 @@ def _declared(name: str, paths: dict[str, str]) -> str | None:
 
 def _stock_style(name: str, stock: dict[str, str]) -> str | None:
     return stock.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+
+
+def _columns(matrix: torch.Tensor, ranges: tuple[Range, ...] | None) -> torch.Tensor:
+    return matrix if ranges is None else torch.cat([matrix[:, start:stop] for start, stop in ranges], dim=1)
 
 
 def _tell_size(module: Any, whole: torch.Size, part: tuple[int, ...]) -> None:
