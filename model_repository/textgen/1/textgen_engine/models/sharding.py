@@ -184,8 +184,6 @@ def make_plan(model: Any, shard: Shard) -> Plan:
     config = model.config.get_text_config()
     plan = Plan(shard, config.vocab_size)
     family = _family_of(config)
-    if config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False):
-        raise CannotSplit("its attention has linear biases, which are worked out for all heads at once")
     stock = model.tp_plan or {}
     if not family.outputs and not stock:
         raise CannotSplit("neither transformers nor this server knows how to split its layers")
