@@ -18,12 +18,13 @@ from .wire import wait_until
 
 if TYPE_CHECKING:
     from .conftest import Connect
-    from .wire import Call, Wire
+    from .wire import Call
 
 NUM_STREAMS = 8
-GREEDY = {
+NUM_NEW_TOKENS = 24
+GREEDY: dict[str, Any] = {
     "text_input": "The capital of France is",
-    "sampling_parameters": {"max_new_tokens": 24, "do_sample": False},
+    "sampling_parameters": {"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False},
 }
 
 
@@ -35,6 +36,21 @@ def split_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         yield running.wait_until_ready()
     finally:
         running.close()
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir: Path) -> str:
+    """What transformers' own `generate` says, on one device."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    prompt = tokenizer(GREEDY["text_input"], return_tensors="pt")
+    with torch.inference_mode():
+        whole = model.generate(**prompt, do_sample=False, max_new_tokens=NUM_NEW_TOKENS)
+    text: str = tokenizer.decode(whole[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
 
 
 def _story(index: int) -> dict[str, Any]:
@@ -52,13 +68,13 @@ def _listeners(pids: list[int]) -> set[tuple[str, int]]:
     }
 
 
-def test_two_ranks_stream_what_one_does(split_server: RunningServer, wire: Wire, connect: Connect) -> None:
+def test_two_ranks_stream_what_one_does(split_server: RunningServer, expected: str, connect: Connect) -> None:
     """The real model: three groups of heads, so two on one rank and one on the other."""
     split = connect(split_server)
     assert len(split_server.pids["rank"]) == 1
-    assert split.ask(**GREEDY).text == wire.ask(**GREEDY).text
+    assert split.ask(**GREEDY).text == expected
     streamed = split.ask(stream=True, **GREEDY)
-    assert streamed.text == wire.ask(**GREEDY).text
+    assert streamed.text == expected
     assert len(streamed.responses) > 10
     listeners = _listeners([split_server.pid("engine"), split_server.pid("rank")])
     assert {address for address, _ in listeners} == {"127.0.0.1"}, "nobody else can reach the ranks"

@@ -30,7 +30,11 @@ class RankThreads(Ranks):
         self._world_size, self._timeout_s = world_size, timeout_s
         self._store = dist.HashStore()
         self._model = config.model
-        self._parts = [prepare(config.model, Shard(rank, world_size)) for rank in range(1, world_size)]
+        self._has_adapters = config.lora.is_enabled
+        self._parts = [
+            prepare(config.model, Shard(rank, world_size), fused=not self._has_adapters)
+            for rank in range(1, world_size)
+        ]
         self._threads: list[threading.Thread] = []
         self.collectives: Collectives | None = None
         self.others: list[Collectives] = []
@@ -95,7 +99,7 @@ class RankThreads(Ranks):
                 return all_reduce(tensor)
 
             collectives.all_reduce = pausing_all_reduce  # type: ignore[method-assign]
-            serve(*self._parts[rank - 1], collectives)
+            serve(*self._parts[rank - 1], collectives, has_adapters=self._has_adapters)
         except RankFailure as failure:
             self.failures.append(failure)
 

@@ -471,8 +471,6 @@ def build_config(
     if values["batch_invariant"] and parallel.world_size > 1:
         raise ConfigError("TEXTGEN_BATCH_INVARIANT needs NUM_SHARD=1: sums over ranks depend on the batch")
     lora = _read_lora(values)
-    if lora.is_enabled and parallel.world_size > 1:
-        raise ConfigError("LoRA adapters (LORA_ADAPTERS, TEXTGEN_ADAPTER_FOLDER) need NUM_SHARD=1")
     max_sequences = values["max_batch_size"]
     max_tokens_per_step = values["max_batch_prefill_tokens"] or (4096 if has_gpu else 512)
     if max_sequences is None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from textgen_engine.adapters.layers import AdapterLayers
-from textgen_engine.adapters.registry import AdapterRegistry
+from textgen_engine.adapters.registry import AdapterPlaces, AdapterRegistry
 from textgen_engine.adapters.spec import AdapterHandle
 from textgen_engine.batch import BatchInputs, build_inputs
 from textgen_engine.block_manager import BlockManager
@@ -44,6 +44,7 @@ from textgen_engine.messages import EngineInfo, StepReport
 from textgen_engine.metrics import EngineGauges, StepMetrics
 from textgen_engine.model_runner import ModelRunner, num_cache_blocks, rank_memory
 from textgen_engine.models.loader import LoadedModel
+from textgen_engine.parallel.adapters import AdaptersOfAllRanks
 from textgen_engine.parallel.launch import Ranks
 from textgen_engine.parallel.worker import ReportMemory, prepare
 from textgen_engine.request import FinishReason, GenerationRequest, Timings, TokenDetail, TokenOutput
@@ -135,12 +136,16 @@ class Engine:
         else:
             loaded, backend = prepare(ranks.model, ranks.shard, fused=fused)
         layers = AdapterLayers(loaded.model, loaded.dtype, loaded.device) if config.lora.is_enabled else None
-        self._adapters = AdapterRegistry(config.lora, layers, self._notify)
-        self._reported_adapters = self._adapters.specs
+        places: AdapterPlaces | None = layers
         collectives = None
         if ranks is not None:
             collectives = ranks.join()
             loaded.connect(collectives)
+            if layers is not None:
+                assert loaded.plan is not None
+                places = AdaptersOfAllRanks(layers, loaded.plan, collectives)
+        self._adapters = AdapterRegistry(config.lora, places, self._notify)
+        self._reported_adapters = self._adapters.specs
         num_slots = config.scheduler.max_num_sequences
         longest = config.limits.max_total_tokens or loaded.max_positions
         self._sampler = Sampler(

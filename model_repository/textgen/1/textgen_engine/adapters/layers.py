@@ -20,6 +20,7 @@ import torch
 
 from textgen_engine.adapters.peft_folder import AdapterWeights, LinearSizes
 from textgen_engine.adapters.spec import AdapterRun, StepAdapters
+from textgen_engine.parallel.linear import RankWrapper
 
 # Up to so many rows the products of adapters that a row does not use cost less than going adapter by adapter.
 _MOST_MASKED_ROWS = 64
@@ -155,7 +156,11 @@ class AdapterLayers:
             layer.fill(slot, weights.layers.get(name))
         for name, layer in new.items():
             parent, _, attribute = name.rpartition(".")
-            setattr(self._model.get_submodule(parent), attribute, layer)
+            place = self._model.get_submodule(parent)
+            around = getattr(place, attribute)
+            if isinstance(around, RankWrapper):  # what it does with the result, it does with the adapter's part of it
+                place, attribute = around, "inner"
+            setattr(place, attribute, layer)
         self._adapted, self._num_slots, self._rank = layers, num_slots, rank
 
     def clear(self, slot: int) -> None:

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from huggingface_hub import snapshot_download
 
-from textgen_engine.adapters.layers import AdapterLayers
 from textgen_engine.adapters.peft_folder import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     AdapterError,
     AdapterWeights,
+    LinearSizes,
     read_adapter,
 )
 from textgen_engine.adapters.spec import AdapterCommand, AdapterHandle, AdapterSpec, problem_of_name
@@ -41,11 +42,30 @@ class _Entry:
     num_bytes: int
 
 
+class AdapterPlaces(Protocol):
+    """Where adapters go: the layers of one model (see AdapterLayers), or of its parts on several ranks."""
+
+    @property
+    def sizes(self) -> Mapping[str, LinearSizes]: ...
+
+    @property
+    def head(self) -> str | None: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def base_weight(self, module: str) -> torch.Tensor | None: ...
+
+    def put(self, slot: int, weights: AdapterWeights) -> None: ...
+
+    def clear(self, slot: int) -> None: ...
+
+
 class AdapterRegistry:
     """Called from the engine's loop thread alone."""
 
     def __init__(
-        self, config: LoraConfig, layers: AdapterLayers | None, on_read: Callable[[], None] = lambda: None
+        self, config: LoraConfig, layers: AdapterPlaces | None, on_read: Callable[[], None] = lambda: None
     ) -> None:
         """Load the adapters of the configuration. layers: None where it enables none. on_read: called from any thread
         when `take_done` may have more.

@@ -112,7 +112,7 @@ def load_model(
             outline = AutoModelForCausalLM.from_config(
                 hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code
             )
-        if shard is not None and preparation is not None:
+        if shard is not None and preparation is not None and not preparation.can_be_split:
             raise CannotSplit("its attention is prepared for one process (models/families)")
         plan = None if shard is None else make_plan(outline, shard)
         _check_memory(folder, outline, plan, dtype, device)

@@ -24,10 +24,14 @@ from textgen_engine.parallel.split import CannotSplit, Slice
 
 
 class PartHooks(WeightHooks):
-    """Gives a model the shapes of one rank's part, and reads that part. outline: the whole model, without memory."""
+    """Gives a model the shapes of one rank's part, and reads that part. outline: the whole model, without memory.
 
-    def __init__(self, plan: Plan, outline: Any) -> None:
+    inner: what then happens to the part, as it would to a whole model (quantization at load).
+    """
+
+    def __init__(self, plan: Plan, outline: Any, inner: WeightHooks | None = None) -> None:
         self._plan = plan
+        self._inner = inner or WeightHooks()
         transforms = get_model_conversion_mapping(outline)
         self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -36,6 +40,13 @@ class PartHooks(WeightHooks):
 
     def prepare(self, model: torch.nn.Module) -> None:
         self._plan.shrink(model)
+        self._inner.prepare(model)
+
+    def wants(self, model: torch.nn.Module, name: str) -> bool:
+        return self._inner.wants(model, name)
+
+    def convert(self, model: torch.nn.Module, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self._inner.convert(model, name, tensor)
 
     def select(self, tensor: StoredTensor) -> StoredTensor | StoredParts:
         """Raises CannotSplit for a conversion that cannot be followed back."""

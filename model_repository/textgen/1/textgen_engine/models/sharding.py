@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from textgen_engine.adapters.peft_folder import LinearSizes
 from textgen_engine.models.fusion import FusedGatedLayer
 from textgen_engine.parallel.group import Collectives
 from textgen_engine.parallel.linear import NormOverHeads, SummedOverRanks, VocabularyEmbedding, VocabularyHead
@@ -76,6 +77,18 @@ FAMILIES: dict[str, Family] = {
         outputs={"attn.c_attn": "stacked qkv", "mlp.c_fc": "inner"},
         inputs={"attn.c_proj": "query", "mlp.c_proj": "inner"},
     ),
+    "bloom": Family(
+        outputs={"self_attention.query_key_value": "grouped qkv", "mlp.dense_h_to_4h": "inner"},
+        inputs={"self_attention.dense": "query", "mlp.dense_4h_to_h": "inner"},
+    ),
+    "mpt": Family(
+        outputs={"attn.Wqkv": "stacked qkv", "ffn.up_proj": "inner"},
+        inputs={"attn.out_proj": "query", "ffn.down_proj": "inner"},
+    ),
+    "gptj": Family(
+        outputs={"attn.q_proj": "query", "attn.k_proj": "kv", "attn.v_proj": "kv", "mlp.fc_in": "inner"},
+        inputs={"attn.out_proj": "query", "mlp.fc_out": "inner"},
+    ),
     "gpt_neox": Family(outputs={"attention.query_key_value": "grouped qkv"}, inputs={"attention.dense": "query"}),
     "opt": Family(
         outputs={"self_attn.q_proj": "query", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv", "fc1": "inner"},
@@ -91,8 +104,8 @@ FAMILIES: dict[str, Family] = {
     "olmo3": _NORMS_OVER_HEADS,
     "olmoe": _NORMS_OVER_HEADS,
 }
-# StarCoder: with one key-value head for all, the three parts lie behind one another; with one for each, head by head.
-_BIGCODE_LAYOUTS = {True: "stacked qkv", False: "grouped qkv"}
+# Where one key-value head serves all queries, the three parts lie behind one another; else they lie group by group.
+_MULTI_QUERY_LAYOUTS = {True: "stacked qkv", False: "grouped qkv"}
 
 
 @dataclass
@@ -102,6 +115,7 @@ class Plan:
     slices: parameter -> the rank's part; what is not named is held whole by every rank. heads: per attention module.
     partial: modules whose results are to be added up. biased: those of them whose bias only rank 0 may add.
     norms: norms over all heads, with the whole width. embedding, head: modules split by the vocabulary, if any.
+    by_outputs, by_inputs: linear layers, each with the rank's outputs or inputs and how many there are in all.
     """
 
     shard: Shard
@@ -113,6 +127,20 @@ class Plan:
     norms: dict[str, int] = field(default_factory=dict)
     embedding: str | None = None
     head: str | None = None
+    by_outputs: dict[str, tuple[tuple[Range, ...], int]] = field(default_factory=dict)
+    by_inputs: dict[str, tuple[tuple[Range, ...], int]] = field(default_factory=dict)
+
+    def whole_sizes(self, name: str, part: LinearSizes) -> tuple[int, int]:
+        """Inputs and outputs of the whole model's linear layer, of which `part` is the rank's."""
+        _, num_inputs = self.by_inputs.get(name, ((), part.num_inputs))
+        _, num_outputs = self.by_outputs.get(name, ((), part.num_outputs))
+        return num_inputs, num_outputs
+
+    def part_of_products(self, name: str, down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of an adapter's down [rank, inputs] and up [rank, outputs] for a layer, what goes with the rank's part."""
+        inputs, _ = self.by_inputs.get(name, (None, 0))
+        outputs, _ = self.by_outputs.get(name, (None, 0))
+        return _columns(down, inputs), _columns(up, outputs)
 
     @property
     def num_local_ids(self) -> int:
@@ -174,8 +202,14 @@ def make_plan(model: Any, shard: Shard) -> Plan:
 def _family_of(config: Any) -> Family:
     if config.model_type == "gpt_bigcode":
         return Family(
-            outputs={"attn.c_attn": _BIGCODE_LAYOUTS[config.multi_query], "mlp.c_fc": "inner"},
+            outputs={"attn.c_attn": _MULTI_QUERY_LAYOUTS[config.multi_query], "mlp.c_fc": "inner"},
             inputs={"attn.c_proj": "query", "mlp.c_proj": "inner"},
+        )
+    if config.model_type == "falcon":
+        layout = _MULTI_QUERY_LAYOUTS[config.multi_query and not config.new_decoder_architecture]
+        return Family(
+            outputs={"self_attention.query_key_value": layout, "mlp.dense_h_to_4h": "inner"},
+            inputs={"self_attention.dense": "query", "mlp.dense_4h_to_h": "inner"},
         )
     return FAMILIES.get(config.model_type, Family())
 
@@ -214,8 +248,8 @@ def _plan_attention(plan: Plan, name: str, module: Any, config: Any, family: Fam
 def _num_heads(config: Any) -> tuple[int, int]:
     num_query = config.num_attention_heads
     num_kv = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
-    if hasattr(config, "multi_query"):  # StarCoder: its configuration's other names say nothing
-        num_kv = 1 if config.multi_query else num_query
+    if hasattr(config, "multi_query") and not getattr(config, "new_decoder_architecture", False):
+        num_kv = 1 if config.multi_query else num_query  # StarCoder and old Falcons: other names say nothing
     return num_query, num_kv or num_query
 
 
@@ -284,12 +318,14 @@ def _split_experts(plan: Plan, name: str, module: Any) -> None:
 
 def _split_outputs(plan: Plan, name: str, module: Any, part: tuple[Range, ...]) -> None:
     plan.slices[f"{name}.weight"] = Slice(_output_dim(module), part)
+    plan.by_outputs[name] = part, _num_outputs(module)
     if module.bias is not None:
         plan.slices[f"{name}.bias"] = Slice(0, part)
 
 
 def _split_inputs(plan: Plan, name: str, module: Any, part: tuple[Range, ...]) -> None:
     plan.slices[f"{name}.weight"] = Slice(1 - _output_dim(module), part)
+    plan.by_inputs[name] = part, _num_inputs(module)
     plan.partial.append(name)
     if module.bias is not None:
         plan.biased.append(name)
@@ -322,6 +358,7 @@ def _plan_vocabulary(plan: Plan, model: Any) -> None:
     plan.vocab_size = head.weight.shape[0]
     plan.head = names[head]
     plan.slices[f"{plan.head}.weight"] = part
+    plan.by_outputs[plan.head] = part.ranges, plan.vocab_size
     if head.bias is not None:
         plan.slices[f"{plan.head}.bias"] = part
 
@@ -332,6 +369,10 @@ def _declared(name: str, paths: dict[str, str]) -> str | None:
 
 def _stock_style(name: str, stock: dict[str, str]) -> str | None:
     return stock.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+
+
+def _columns(matrix: torch.Tensor, ranges: tuple[Range, ...] | None) -> torch.Tensor:
+    return matrix if ranges is None else torch.cat([matrix[:, start:stop] for start, stop in ranges], dim=1)
 
 
 def _tell_size(module: Any, whole: torch.Size, part: tuple[int, ...]) -> None:
@@ -348,6 +389,7 @@ def _tell_size(module: Any, whole: torch.Size, part: tuple[int, ...]) -> None:
 
 def _tell_heads(module: Any, heads: Heads, configs: dict[tuple[int, Heads], Any]) -> None:
     """Set what attention modules keep of their heads, under the names transformers' classes use."""
+    module.heads_of_rank = heads  # for what is worked out per head from their number, such as ALiBi's slopes
     dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
     local_query, local_kv = heads.num_local_query, heads.num_local_kv
     for name, whole, part in _numbers(heads, dim):
@@ -365,7 +407,7 @@ def _tell_heads(module: Any, heads: Heads, configs: dict[tuple[int, Heads], Any]
 
 def _numbers(heads: Heads, dim: int | None) -> Iterator[tuple[str, int, int]]:
     """Attribute, its value for the whole model, its value for the rank."""
-    for name in ("num_heads", "num_attention_heads"):
+    for name in ("num_heads", "num_attention_heads", "n_heads"):
         yield name, heads.num_query, heads.num_local_query
     for name in ("num_key_value_heads", "num_kv_heads", "kv_heads"):
         yield name, heads.num_kv, heads.num_local_kv

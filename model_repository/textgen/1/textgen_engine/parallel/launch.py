@@ -88,6 +88,7 @@ class Meeting:
     store_port: int
     own_address: str
     timeout_s: float
+    has_adapters: bool = False
     nonce: str = ""
     secret: str = field(default="", repr=False)
     log_level: str = "info"
@@ -215,6 +216,7 @@ class RankProcesses(Ranks):
                 store_port=port,
                 own_address=address,
                 timeout_s=parallel.collective_timeout_s,
+                has_adapters=config.lora.is_enabled,
                 nonce=nonce,
                 secret=parallel.secret,
                 log_level=config.log_level,

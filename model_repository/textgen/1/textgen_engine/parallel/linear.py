@@ -13,27 +13,29 @@ from torch.nn import functional
 from textgen_engine.parallel.group import Collectives
 
 
-class SummedOverRanks(torch.nn.Module):
-    """A module whose result on each rank is one addend: a layer split by its inputs, or experts split inside."""
+class RankWrapper(torch.nn.Module):
+    """Does what `inner` does on this rank, and what there is to do with the other ranks."""
 
     def __init__(self, inner: torch.nn.Module, collectives: Collectives) -> None:
         super().__init__()
         self.inner = inner
         self._collectives = collectives
 
+
+class SummedOverRanks(RankWrapper):
+    """A module whose result on each rank is one addend: a layer split by its inputs, or experts split inside."""
+
     def forward(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
         result: torch.Tensor = self.inner(*arguments, **keywords)
         return self._collectives.all_reduce(result)
 
 
-class VocabularyEmbedding(torch.nn.Module):
+class VocabularyEmbedding(RankWrapper):
     """An embedding of which each rank holds the rows from `start` on: foreign ids give zeros, the sum is whole."""
 
     def __init__(self, inner: torch.nn.Module, start: int, num_rows: int, collectives: Collectives) -> None:
-        super().__init__()
-        self.inner = inner
+        super().__init__(inner, collectives)
         self._start, self._num_rows = start, num_rows
-        self._collectives = collectives
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         local = input_ids - self._start
@@ -42,14 +44,12 @@ class VocabularyEmbedding(torch.nn.Module):
         return self._collectives.all_reduce(rows.masked_fill(is_foreign[..., None], 0))
 
 
-class VocabularyHead(torch.nn.Module):
+class VocabularyHead(RankWrapper):
     """A head of which each rank holds part of the vocabulary: rank 0 gets all logits, the others keep their own."""
 
     def __init__(self, inner: torch.nn.Module, vocab_size: int, width: int, collectives: Collectives) -> None:
-        super().__init__()
-        self.inner = inner
+        super().__init__(inner, collectives)
         self._vocab_size, self._width = vocab_size, width
-        self._collectives = collectives
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         local: torch.Tensor = self.inner(hidden_states)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from textgen_engine.adapters.spec import AdapterRun, StepAdapters
 from textgen_engine.attention.base import AttentionMetadata
 from textgen_engine.batch import BatchInputs
 from textgen_engine.kv_cache import KVCache
 
-_HEADER_WORDS = 5
+_HEADER_WORDS = 7
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,22 @@ class NewCache:
 
 
 def encode_step(inputs: BatchInputs, copies: list[tuple[int, int]]) -> np.ndarray:
-    """int32 words: header, token ids, query lengths, sequence lengths, logits rows, copied blocks, block tables."""
+    """int32 words: header, token ids, query lengths, sequence lengths, logits rows, copied blocks, rows of adapters,
+    block tables."""
     attention, lists = inputs.attention, inputs.lists
     assert lists is not None
     block_size = attention.keys[0].shape[2]
+    token_runs = () if inputs.adapters is None else inputs.adapters.tokens
+    logits_runs = () if inputs.adapters is None else inputs.adapters.logits
     words = [
         *(len(lists.input_ids), len(attention.seq_lens), attention.num_decodes, len(lists.logits_rows), len(copies)),
+        *(len(token_runs), len(logits_runs)),
         *lists.input_ids,
         *attention.query_lens,
         *attention.seq_lens,
         *lists.logits_rows,
         *(block for pair in copies for block in pair),
+        *(number for run in (*token_runs, *logits_runs) for number in (run.slot, run.start, run.stop)),
     ]
     for table, length in zip(lists.block_tables, attention.seq_lens, strict=True):
         words += table[: -(-length // block_size)]
@@ -46,10 +52,21 @@ def encode_step(inputs: BatchInputs, copies: list[tuple[int, int]]) -> np.ndarra
 
 def decode_step(words: np.ndarray, cache: KVCache, device: torch.device) -> tuple[BatchInputs, list[tuple[int, int]]]:
     """What `encode_step` was given, on this rank's cache and device; without the sequences, which stay with rank 0."""
-    num_tokens, num_sequences, num_decodes, num_rows, num_copies = words[:_HEADER_WORDS].tolist()
-    lengths = (num_tokens, num_sequences, num_sequences, num_rows, 2 * num_copies)
+    header = words[:_HEADER_WORDS].tolist()
+    num_tokens, num_sequences, num_decodes, num_rows, num_copies, num_token_runs, num_logits_runs = header
+    lengths = (
+        num_tokens,
+        num_sequences,
+        num_sequences,
+        num_rows,
+        2 * num_copies,
+        3 * num_token_runs,
+        3 * num_logits_runs,
+    )
     ends = np.cumsum((_HEADER_WORDS, *lengths))
-    input_ids, query_lens, seq_lens, rows, copies, blocks = np.split(words.astype(np.int64), ends)[1:]
+    input_ids, query_lens, seq_lens, rows, copies, token_runs, logits_runs, blocks = np.split(
+        words.astype(np.int64), ends
+    )[1:]
     block_size = cache.block_size
     num_blocks = -(-seq_lens // block_size)
     tables = np.zeros((num_sequences, int(num_blocks.max())), dtype=np.int64)
@@ -77,6 +94,11 @@ def decode_step(words: np.ndarray, cache: KVCache, device: torch.device) -> tupl
         logits_rows=tensor(rows),
         sampled=[],
         prompt_scored=[],
+        adapters=StepAdapters(_runs(token_runs), num_tokens, _runs(logits_runs), num_rows) if num_token_runs else None,
     )
     pairs = copies.reshape(-1, 2).tolist()
     return inputs, [(source, target) for source, target in pairs]
+
+
+def _runs(numbers: np.ndarray) -> tuple[AdapterRun, ...]:
+    return tuple(AdapterRun(slot, start, stop) for slot, start, stop in numbers.reshape(-1, 3).tolist())

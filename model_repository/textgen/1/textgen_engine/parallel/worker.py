@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 import torch
 
+from textgen_engine.adapters.layers import AdapterLayers
 from textgen_engine.attention.base import AttentionBackend
 from textgen_engine.attention.compiled import CompiledBackend
 from textgen_engine.attention.invariant import InvariantBackend
@@ -27,6 +28,7 @@ from textgen_engine.kv_cache import KVCache
 from textgen_engine.logs import configure_logging
 from textgen_engine.model_runner import ModelRunner, rank_memory
 from textgen_engine.models.loader import LoadedModel, load_model
+from textgen_engine.parallel.adapters import ClearAdapter, PutAdapter, put_part
 from textgen_engine.parallel.group import Collectives, Stop
 from textgen_engine.parallel.launch import Invitation, Meeting, die_with_parent
 from textgen_engine.parallel.split import Shard
@@ -65,9 +67,15 @@ def prepare(config: ModelConfig, shard: Shard | None, *, fused: bool = True) -> 
     return load_model(config, backend, kernels, shard, fused=fused), backend
 
 
-def serve(loaded: LoadedModel, backend: AttentionBackend, collectives: Collectives) -> None:
+def serve(
+    loaded: LoadedModel, backend: AttentionBackend, collectives: Collectives, *, has_adapters: bool = False
+) -> None:
     """Follow rank 0 until it says stop. Raises RankFailure when it, or another rank, is gone."""
+    # Before the layers are wrapped: it is layers by their names in the model that adapters adapt.
+    adapters = AdapterLayers(loaded.model, loaded.dtype, loaded.device) if has_adapters else None
     loaded.connect(collectives)
+    plan = loaded.plan
+    assert plan is not None
     runner: ModelRunner | None = None
     while True:
         message = collectives.receive()
@@ -84,9 +92,15 @@ def serve(loaded: LoadedModel, backend: AttentionBackend, collectives: Collectiv
                 dtype=loaded.dtype,
                 device=loaded.device,
             )
-            runner = ModelRunner(loaded, backend, cache, ranks=collectives)
+            runner = ModelRunner(loaded, backend, cache, adapters, collectives)
         elif isinstance(message, ReportMemory):
             collectives.collect(rank_memory(message.cache, loaded, message.step_bytes))
+        elif isinstance(message, PutAdapter):
+            assert adapters is not None
+            put_part(adapters, plan, message.slot, message.weights)
+        elif isinstance(message, ClearAdapter):
+            assert adapters is not None
+            adapters.clear(message.slot)
         elif isinstance(message, Echo):
             for _ in range(message.times):
                 collectives.all_reduce(torch.zeros(message.num_numbers))
@@ -119,12 +133,12 @@ def _run(meeting: Meeting, *, is_elsewhere: bool) -> int:
     if is_elsewhere:
         guest.show_life()
     try:
-        loaded, backend = prepare(meeting.model, meeting.shard)
+        loaded, backend = prepare(meeting.model, meeting.shard, fused=not meeting.has_adapters)
     except (ModelLoadError, MemoryError) as error:
         guest.say_failed(str(error) or "not enough memory to load the model")
         return 1
     guest.say_ready()
-    serve(loaded, backend, guest.join())
+    serve(loaded, backend, guest.join(), has_adapters=meeting.has_adapters)
     return 0
 
 

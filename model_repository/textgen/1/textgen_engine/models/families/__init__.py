@@ -17,22 +17,23 @@ from textgen_engine.models.families import alibi, falcon, inner_attention, llama
 @dataclass(frozen=True)
 class Preparation:
     """prepare: makes one model ready. stock_attention: which of transformers' implementations the model is loaded with,
-    and compared with. skipped: positions
-    before a text's first token."""
+    and compared with. skipped: positions before a text's first token. can_be_split: it may be one rank's part, too.
+    """
 
     prepare: Callable[[Any], None]
     stock_attention: str = "eager"
     skipped: Callable[[Any], int] = lambda config: 0
+    can_be_split: bool = False
 
 
 _BART = ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus", "plbart")
 _ROBERTA = ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl")
 # model_type of a configuration -> what a model of that type needs.
 PREPARATIONS: dict[str, Preparation] = {
-    "bloom": Preparation(alibi.prepare_bloom),
-    "mpt": Preparation(alibi.prepare_mpt),
-    "falcon": Preparation(falcon.prepare, "sdpa"),  # its eager form adds the linear biases twice
-    "gptj": Preparation(inner_attention.prepare),
+    "bloom": Preparation(alibi.prepare_bloom, can_be_split=True),
+    "mpt": Preparation(alibi.prepare_mpt, can_be_split=True),
+    "falcon": Preparation(falcon.prepare, "sdpa", can_be_split=True),  # its eager form adds the linear biases twice
+    "gptj": Preparation(inner_attention.prepare, can_be_split=True),
     "codegen": Preparation(inner_attention.prepare),
     "gpt_neo": Preparation(inner_attention.prepare_gpt_neo),
     "gpt_neox_japanese": Preparation(inner_attention.prepare),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.bloom.modeling_bloom import BloomAttention, _get_alibi_slopes
 from transformers.models.mpt.modeling_mpt import MptAttention, build_mpt_alibi_tensor
 
-from textgen_engine.models.families.step import carry_step, paged, use_paged_masks
+from textgen_engine.models.families.step import carry_step, paged, slopes_of_rank, use_paged_masks
 
 
 def prepare_bloom(model: Any) -> None:
@@ -19,7 +20,8 @@ def prepare_bloom(model: Any) -> None:
     use_paged_masks(model)
     for attention in model.modules():
         if isinstance(attention, BloomAttention):
-            slopes = _get_alibi_slopes(attention.num_heads, attention.dense.weight.device)
+            slopes_of = functools.partial(_get_alibi_slopes, device=attention.dense.weight.device)
+            slopes = slopes_of_rank(attention, attention.num_heads, slopes_of)
             attention.alibi_slopes = slopes.float().contiguous()
             attention.forward = types.MethodType(_bloom_attention, attention)
 
@@ -39,10 +41,15 @@ def prepare_mpt(model: Any) -> None:
     model.transformer.forward = types.MethodType(_mpt_decoder, model.transformer)
     for attention in model.modules():
         if isinstance(attention, MptAttention):
-            # The last two columns of the bias differ by one distance, that is by the slope.
-            bias = build_mpt_alibi_tensor(attention.n_heads, 2, device=attention.out_proj.weight.device)
-            attention.alibi_slopes = (bias[:, 0, 1] - bias[:, 0, 0]).float().contiguous()
+            slopes_of = functools.partial(_mpt_slopes, device=attention.out_proj.weight.device)
+            attention.alibi_slopes = slopes_of_rank(attention, attention.n_heads, slopes_of).float().contiguous()
             attention.forward = types.MethodType(_mpt_attention, attention)
+
+
+def _mpt_slopes(num_heads: int, device: torch.device) -> torch.Tensor:
+    """The last two columns of the bias differ by one distance, that is by the slope."""
+    bias: torch.Tensor = build_mpt_alibi_tensor(num_heads, 2, device=device)
+    return bias[:, 0, 1] - bias[:, 0, 0]
 
 
 def _mpt_decoder(self: Any, input_ids: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:

@@ -6,6 +6,7 @@ cache holds each key-value head once.
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
-from textgen_engine.models.families.step import carry_step, paged, use_paged_masks
+from textgen_engine.models.families.step import carry_step, paged, slopes_of_rank, use_paged_masks
 
 
 def prepare(model: Any) -> None:
@@ -26,7 +27,9 @@ def prepare(model: Any) -> None:
             if model.config.alibi:
                 # transformers keeps them in bfloat16, scales them like the scores, and rounds each bias to bfloat16 as
                 # well; that last step loses distances beyond 256 tokens, and is left out.
-                slopes = _get_alibi_slopes(attention.num_heads, attention.dense.weight.device).bfloat16().float()
+                device = attention.dense.weight.device
+                slopes_of = functools.partial(_get_alibi_slopes, device=device)
+                slopes = slopes_of_rank(attention, attention.num_heads, slopes_of).bfloat16().float()
                 attention.alibi_slopes = (slopes * attention.inv_norm_factor).contiguous()
             attention.forward = types.MethodType(_attention, attention)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +58,15 @@ def use_paged_masks(model: Any) -> None:
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation_internal"):
             config._attn_implementation_internal = bridge.ATTENTION_NAME
+
+
+def slopes_of_rank(attention: Any, num_heads: int, slopes_of: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """ALiBi's slopes, worked out from the number of heads, of those heads that this attention module has: all, or the
+    ones of its rank (set by models/sharding.py)."""
+    heads = getattr(attention, "heads_of_rank", None)
+    if heads is None:
+        return slopes_of(num_heads)
+    return slopes_of(heads.num_query)[heads.query[0] : heads.query[1]]
 
 
 def paged(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **keywords: Any) -> Any:
