@@ -201,13 +201,19 @@ def make_config(
     max_restarts: int = 5,
     hang_timeout_s: float = 120.0,
     batch_invariant: bool = False,
+    quantize: str | None = None,
+    kv_cache_dtype: Any = "auto",
     lora: LoraConfig | None = None,
     parallel: ParallelConfig | None = None,
 ) -> EngineConfig:
     """A configuration for one thread on the CPU."""
     return EngineConfig(
-        model=ModelConfig(str(model), dtype="float32", num_threads=1, batch_invariant=batch_invariant),
-        cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, prefix_caching=prefix_caching),
+        model=ModelConfig(
+            str(model), dtype="float32", num_threads=1, batch_invariant=batch_invariant, quantize=quantize
+        ),
+        cache=CacheConfig(
+            block_size=block_size, num_blocks=num_blocks, prefix_caching=prefix_caching, dtype=kv_cache_dtype
+        ),
         scheduler=SchedulerConfig(max_sequences, tokens_per_step, priority_ageing_s=ageing_s),
         limits=LimitsConfig(max_total_tokens=max_total_tokens),
         parallel=parallel or ParallelConfig(),
