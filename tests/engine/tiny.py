@@ -203,6 +203,8 @@ def make_config(
     batch_invariant: bool = False,
     dense_fallback: bool = False,
     trust_remote_code: bool = False,
+    quantize: str | None = None,
+    kv_cache_dtype: Any = "auto",
     lora: LoraConfig | None = None,
     parallel: ParallelConfig | None = None,
     guesses: int = 0,
@@ -216,8 +218,11 @@ def make_config(
             batch_invariant=batch_invariant,
             dense_fallback=dense_fallback,
             trust_remote_code=trust_remote_code,
+            quantize=quantize,
         ),
-        cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, prefix_caching=prefix_caching),
+        cache=CacheConfig(
+            block_size=block_size, num_blocks=num_blocks, prefix_caching=prefix_caching, dtype=kv_cache_dtype
+        ),
         scheduler=SchedulerConfig(max_sequences, tokens_per_step, priority_ageing_s=ageing_s, num_guesses=guesses),
         limits=LimitsConfig(max_total_tokens=max_total_tokens),
         parallel=parallel or ParallelConfig(),

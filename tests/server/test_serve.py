@@ -349,7 +349,13 @@ def test_option_out_of_range(tiny_checkpoint: Path) -> None:
 
 
 def test_unsupported_option_of_tgi(tiny_checkpoint: Path) -> None:
-    _expect_failure(["--model-id", str(tiny_checkpoint), "--quantize", "gptq"], "QUANTIZE=gptq is not supported")
+    _expect_failure(
+        ["--model-id", str(tiny_checkpoint), "--rope-scaling", "linear"], "ROPE_SCALING=linear is not supported"
+    )
+
+
+def test_a_quantization_of_tgi_that_is_not_served(tiny_checkpoint: Path) -> None:
+    _expect_failure(["--model-id", str(tiny_checkpoint), "--quantize", "exl2"], "QUANTIZE must be one of awq,")
 
 
 def test_misspelled_variable(tiny_checkpoint: Path) -> None:

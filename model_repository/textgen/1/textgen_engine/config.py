@@ -85,6 +85,30 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _tgi("revision", str, None, "branch, tag or commit of a model from the hub; default: main"),
     _tgi("dtype", str, "auto", "weights and arithmetic", choices=("auto", "float32", "float16", "bfloat16")),
+    _tgi(
+        "quantize",
+        str,
+        None,
+        "how linear layers keep their weights; default: as the checkpoint says",
+        choices=(
+            "awq",
+            "bitsandbytes",
+            "bitsandbytes-nf4",
+            "bitsandbytes-fp4",
+            "compressed-tensors",
+            "eetq",
+            "fp8",
+            "gptq",
+            "int8",
+        ),
+    ),
+    _tgi(
+        "kv_cache_dtype",
+        str,
+        "auto",
+        "what the KV cache keeps; auto: as dtype",
+        choices=("auto", "fp8_e4m3fn", "fp8_e5m2"),
+    ),
     _tgi("trust_remote_code", bool, False, "run modelling code that comes with the checkpoint"),
     _tgi("tokenizer_config_path", str, None, "a tokenizer_config.json that overrides the checkpoint's"),
     _own(
@@ -267,8 +291,6 @@ OPTIONS: tuple[Option, ...] = (
 
 # Options of TGI's launcher that mean something here but that this version cannot honour: name -> harmless values.
 UNSUPPORTED_OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "quantize": ("",),
-    "kv_cache_dtype": ("", "auto"),
     "rope_scaling": ("",),
 }
 
@@ -284,6 +306,7 @@ class ModelConfig:
     model_id: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    quantize: str | None = None
     trust_remote_code: bool = False
     device: str = "cpu"
     batch_invariant: bool = False
@@ -318,6 +341,7 @@ class CacheConfig:
     memory_fraction: float = 0.9
     max_cache_bytes: int = 2 << 30
     prefix_caching: bool = True
+    dtype: Literal["auto", "fp8_e4m3fn", "fp8_e5m2"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -471,6 +495,12 @@ def build_config(
     if values["batch_invariant"] and parallel.world_size > 1:
         raise ConfigError("TEXTGEN_BATCH_INVARIANT needs NUM_SHARD=1: sums over ranks depend on the batch")
     lora = _read_lora(values)
+    if values["batch_invariant"] and values["quantize"] is not None:
+        raise ConfigError("TEXTGEN_BATCH_INVARIANT is for float32 weights: it cannot be combined with QUANTIZE")
+    if values["quantize"] is not None and parallel.world_size > 1:
+        raise ConfigError(
+            f"QUANTIZE={values['quantize']} needs NUM_SHARD=1: quantized weights are not split over ranks"
+        )
     max_sequences = values["max_batch_size"]
     max_tokens_per_step = values["max_batch_prefill_tokens"] or (4096 if has_gpu else 512)
     if max_sequences is None:
@@ -488,6 +518,7 @@ def build_config(
             model_id=model_id,
             revision=values["revision"],
             dtype=values["dtype"],
+            quantize=values["quantize"],
             trust_remote_code=values["trust_remote_code"],
             device="cuda" if has_gpu else "cpu",
             batch_invariant=values["batch_invariant"],
@@ -501,6 +532,7 @@ def build_config(
             memory_fraction=values["cuda_memory_fraction"],
             max_cache_bytes=int(values["max_kv_cache_gib"] * 2**30),
             prefix_caching=values["prefix_caching"],
+            dtype=values["kv_cache_dtype"],
         ),
         scheduler=SchedulerConfig(
             max_num_sequences=max_sequences,

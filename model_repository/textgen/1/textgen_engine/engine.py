@@ -39,7 +39,7 @@ from textgen_engine.errors import (
 )
 from textgen_engine.grammar import CompiledGrammar, GrammarCompiler, grammar_limits
 from textgen_engine.grammar.check import GrammarVerdict
-from textgen_engine.kv_cache import KVCache
+from textgen_engine.kv_cache import KVCache, cache_dtype
 from textgen_engine.messages import EngineInfo, StepReport
 from textgen_engine.metrics import EngineGauges, StepMetrics
 from textgen_engine.model_runner import ModelRunner, num_cache_blocks, rank_memory
@@ -182,7 +182,7 @@ class Engine:
             loaded.layers,
             num_blocks=num_blocks,
             block_size=config.cache.block_size,
-            dtype=loaded.dtype,
+            dtype=cache_dtype(config.cache, loaded.dtype),
             device=loaded.device,
         )
         self._blocks = BlockManager(num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching)

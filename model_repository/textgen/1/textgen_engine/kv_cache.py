@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from textgen_engine.config import CacheConfig
 from textgen_engine.errors import ModelLoadError
 
 
@@ -23,6 +24,11 @@ class LayerShape:
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         return self.num_kv_heads * (self.head_dim + self.value_dim) * dtype.itemsize
+
+
+def cache_dtype(config: CacheConfig, dtype: torch.dtype) -> torch.dtype:
+    """What the cache of a model of type `dtype` keeps."""
+    return {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}.get(config.dtype, dtype)
 
 
 class KVCache:

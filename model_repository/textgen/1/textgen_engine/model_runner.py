@@ -15,7 +15,7 @@ from textgen_engine.batch import BatchInputs
 from textgen_engine.config import CacheConfig
 from textgen_engine.errors import ModelLoadError, RankFailure
 from textgen_engine.host_memory import available_bytes
-from textgen_engine.kv_cache import KVCache
+from textgen_engine.kv_cache import KVCache, cache_dtype
 from textgen_engine.models.loader import LoadedModel
 from textgen_engine.parallel.group import Collectives
 from textgen_engine.parallel.steps import NewCache, encode_step
@@ -40,7 +40,7 @@ class ModelRunner:
         self.cache = cache
         self.device = loaded.device
         if ranks is not None and ranks.rank == 0:
-            ranks.send(NewCache(cache.num_blocks, cache.block_size))
+            ranks.send(NewCache(cache.num_blocks, cache.block_size, cache.keys[0].dtype))
 
     def forward(self, inputs: BatchInputs, copies: Iterable[tuple[int, int]]) -> torch.Tensor:
         """One step: copy blocks, store K and V, return float32 logits [num_rows, vocab] of inputs.logits_rows (on rank
@@ -101,7 +101,8 @@ class RankMemory:
 
 def rank_memory(config: CacheConfig, loaded: LoadedModel, step_bytes: int) -> RankMemory:
     """This rank's memory, now, beside a step's own step_bytes."""
-    bytes_per_block = config.block_size * sum(layer.bytes_per_token(loaded.dtype) for layer in loaded.layers)
+    dtype = cache_dtype(config, loaded.dtype)
+    bytes_per_block = config.block_size * sum(layer.bytes_per_token(dtype) for layer in loaded.layers)
     if loaded.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(loaded.device)
         budget = int(free - total * (1 - config.memory_fraction)) - step_bytes

@@ -19,7 +19,7 @@ from textgen_engine.attention.base import AttentionBackend
 from textgen_engine.batch import build_inputs
 from textgen_engine.config import CacheConfig, SchedulerConfig
 from textgen_engine.errors import ModelLoadError
-from textgen_engine.kv_cache import KVCache
+from textgen_engine.kv_cache import KVCache, cache_dtype
 from textgen_engine.model_runner import ModelRunner
 from textgen_engine.models.loader import LoadedModel
 from textgen_engine.parallel.group import Collectives
@@ -67,7 +67,7 @@ def measure_largest_step(
         loaded.layers,
         num_blocks=max(-(-num_tokens // block_size), num_slots),
         block_size=block_size,
-        dtype=loaded.dtype,
+        dtype=cache_dtype(cache_config, loaded.dtype),
         device=loaded.device,
     )
     runner = ModelRunner(loaded, backend, cache, ranks=ranks)

@@ -46,8 +46,8 @@ class InvariantBackend(AttentionBackend):
             blocks = metadata.block_tables[i : i + 1, : -(-seq_len // keys.shape[2])]
             output[start : start + query_len] = _attend(
                 query[start : start + query_len],
-                _whole_runs(gather_blocks(keys, blocks)[0]),
-                _whole_runs(gather_blocks(values, blocks)[0]),
+                _whole_runs(gather_blocks(keys, blocks, query.dtype)[0]),
+                _whole_runs(gather_blocks(values, blocks, query.dtype)[0]),
                 seq_len - query_len,
                 scoring,
             )

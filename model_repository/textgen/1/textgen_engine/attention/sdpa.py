@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata, Scoring
-from textgen_engine.attention.paging import gather_blocks, store
+from textgen_engine.attention.paging import as_stored, gather_blocks, store
 from textgen_engine.attention.scores import adjusted, hidden_keys, per_head, weights_of
 
 # Scores that one tile of a chunk may take at most: 64 MiB as float32.
@@ -87,6 +87,7 @@ class SdpaBackend(AttentionBackend):
     ) -> torch.Tensor:
         keys, values = metadata.keys[layer], metadata.values[layer]
         store(key, value, keys, values, metadata)
+        key, value = as_stored(key, keys), as_stored(value, values)
         plan = metadata.plan
         assert isinstance(plan, _Plan)
         output = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
@@ -163,8 +164,8 @@ def _decode(
     """One query row per sequence: query [n, num_heads, dim] -> [n, num_heads, value_dim]."""
     num_rows, num_heads, dim = query.shape
     num_kv_heads = keys.shape[1]
-    k = gather_blocks(keys, group.blocks)  # [n, kv_heads, num_keys, dim]
-    v = gather_blocks(values, group.blocks)
+    k = gather_blocks(keys, group.blocks, query.dtype)  # [n, kv_heads, num_keys, dim]
+    v = gather_blocks(values, group.blocks, query.dtype)
     q = query.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, dim) * scoring.scale
     scores = torch.matmul(q, k.transpose(2, 3)).unsqueeze(3)  # [n, kv_heads, heads per kv head, 1, num_keys]
     slopes = per_head(scoring.alibi_slopes, scores)
@@ -187,8 +188,8 @@ def _prefill(
     if chunk.blocks is None:
         k, v = key.transpose(0, 1)[None], value.transpose(0, 1)[None]  # [1, kv_heads, seq_len, dim]
     else:
-        k = gather_blocks(keys, chunk.blocks[None])[:, :, : chunk.seq_len]
-        v = gather_blocks(values, chunk.blocks[None])[:, :, : chunk.seq_len]
+        k = gather_blocks(keys, chunk.blocks[None], key.dtype)[:, :, : chunk.seq_len]
+        v = gather_blocks(values, chunk.blocks[None], value.dtype)[:, :, : chunk.seq_len]
     positions = torch.arange(chunk.seq_len, device=query.device)
     queries = positions[chunk.seq_len - chunk.query_len :].view(-1, 1)
     if scoring.soft_cap is not None or scoring.sinks is not None or scoring.alibi_slopes is not None:

@@ -24,6 +24,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+_INCLUDED = Path(__file__).with_name("quantized_kernels.h")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno")
 _COMPILE_TIMEOUT_S = 120
 # Dimensions of heads are read in whole vectors of 16 floats.
@@ -50,6 +51,10 @@ class CpuKernels:
         self._layer_out.argtypes = _types("pppppppppppppppiiiif")
         for function in (self._linear, self._store, self._decode, self._layer_in, self._layer_out):
             function.restype = None
+        self._coded_linear, self._integer_linear = library.textgen_coded_linear, library.textgen_integer_linear
+        self._coded_linear.argtypes = _types("pippppppp" + "iiii")
+        self._integer_linear.argtypes = _types("ppppppppp" + "iii")
+        self._coded_linear.restype = self._integer_linear.restype = None
         library.textgen_pool.restype = ctypes.c_void_p
         library.textgen_free_pool.argtypes = _types("p")
         self._free_pool = library.textgen_free_pool
@@ -79,6 +84,50 @@ class CpuKernels:
             x.shape[1],
             weight.shape[0],
         )
+        return output
+
+    def coded_linear(
+        self,
+        x: torch.Tensor,
+        code: int,
+        table: torch.Tensor | None,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        offsets: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """x [num_rows, depth] times a coded weight (models/quantization/linear.py: code, table, weight [num_outputs,
+        bytes], scales and offsets [num_outputs, groups]) -> [num_rows, num_outputs]."""
+        assert weight.is_contiguous() and scales.is_contiguous() and (offsets is None or offsets.is_contiguous())
+        x = x.contiguous()
+        num_rows, depth = x.shape
+        num_outputs, num_groups = scales.shape
+        output = x.new_empty(num_rows, num_outputs)
+        self._coded_linear(
+            self._pool,
+            code,
+            *(_address(tensor) for tensor in (table, x, weight, scales, offsets, bias, output)),
+            *(num_rows, depth, num_outputs, depth // num_groups),
+        )
+        return output
+
+    def integer_linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        weight_sums: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """x [num_rows, depth], each row rounded to 8 bits on its own scale, times weight int8 [num_outputs, depth] with
+        scales [num_outputs] and the sums of its rows int32 [num_outputs] -> [num_rows, num_outputs]."""
+        assert weight.is_contiguous() and scales.is_contiguous() and weight_sums.is_contiguous()
+        x = x.contiguous()
+        num_rows, depth = x.shape
+        codes = torch.empty(num_rows, depth, dtype=torch.uint8)
+        row_scales, output = x.new_empty(num_rows), x.new_empty(num_rows, weight.shape[0])
+        tensors = (x, weight, scales, weight_sums, bias, codes, row_scales, output)
+        self._integer_linear(self._pool, *(_address(tensor) for tensor in tensors), *(num_rows, depth, weight.shape[0]))
         return output
 
     def layer_in(
@@ -228,7 +277,7 @@ def build() -> Path:
     machine that may lack an instruction in it.
     """
     compiler = shutil.which("g++") or shutil.which("clang++")
-    key = "\n".join((_SOURCE.read_text(), *_FLAGS, platform.machine(), _processor_features()))
+    key = "\n".join((_SOURCE.read_text(), _INCLUDED.read_text(), *_FLAGS, platform.machine(), _processor_features()))
     name = f"cpu_kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     folder = _SOURCE.parent / "build"
     if (folder / name).is_file():

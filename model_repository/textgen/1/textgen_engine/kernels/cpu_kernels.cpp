@@ -421,3 +421,5 @@ void textgen_decode(void* pool, const float* query, int64_t token_stride, int64_
 }
 
 }  // extern "C"
+
+#include "quantized_kernels.h"

@@ -18,12 +18,14 @@ from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, A
 from textgen_engine.attention.bridge import STEP_ATTRIBUTE
 from textgen_engine.kernels.cpu import CpuKernels
 from textgen_engine.models.cpu_linear import MOST_COMPILED_ROWS
+from textgen_engine.models.quantization.linear import IntegerLinear, QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
 _TRIAL_ROWS = 3
 # Float32 sums in another order: far less than any real difference between two layers.
 _TOLERANCE = 1e-4
+_TOLERANCE_INTEGERS = 2e-2
 
 
 class FusedGatedLayer(torch.nn.Module):
@@ -41,7 +43,8 @@ class FusedGatedLayer(torch.nn.Module):
     def __init__(self, layer: Any, trial: Recorder, kernels: CpuKernels | None) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
-        self._kernels = kernels
+        # The kernels that run several pieces in one call know float32 weights alone.
+        self._kernels = kernels if type(attention.o_proj) is torch.nn.Linear else None
         self.layer_idx = trial.layer
         self.scoring = trial.scoring
         self.num_heads, self.num_kv_heads, self.head_dim = trial.query.shape[1], trial.key.shape[1], trial.key.shape[2]
@@ -65,7 +68,8 @@ class FusedGatedLayer(torch.nn.Module):
         linears = [child for name, child in children.items() if name.endswith("_proj")]
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
         return (
-            all(type(linear) is torch.nn.Linear for linear in linears)
+            len({_kind(linear) for linear in linears} - {None}) == 1
+            and not any(_kind(linear) is None for linear in linears)
             and all(isinstance(getattr(norm, "variance_epsilon", None), float) for norm in norms)
             and all(parameter.dtype is torch.float32 for parameter in layer.parameters())
         )
@@ -168,6 +172,8 @@ def _tried(
 ) -> FusedGatedLayer | None:
     """The fused layer, if it computes what the stock layer does."""
     generator = torch.Generator().manual_seed(0)
+    # An activation whose last bit differs may be rounded to the next of 255 integers.
+    tolerance = _TOLERANCE_INTEGERS if isinstance(layer.self_attn.q_proj, IntegerLinear) else _TOLERANCE
     dim = layer.self_attn.head_dim
     x = torch.randn(1, _TRIAL_ROWS, layer.input_layernorm.weight.shape[0], generator=generator)
     angles = torch.randn(1, _TRIAL_ROWS, dim // 2, generator=generator).repeat(1, 1, 2)
@@ -181,7 +187,7 @@ def _tried(
         found = fused(x, attention_backend=ours, **keywords)
         pairs = ((expected, found), (stock.query, ours.query), (stock.key, ours.key), (stock.value, ours.value))
         for right, given in pairs:
-            if not torch.allclose(right, given, atol=_TOLERANCE * float(right.abs().max()), rtol=0):
+            if not torch.allclose(right, given, atol=tolerance * float(right.abs().max()), rtol=0):
                 return None
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
         return None  # not called as we thought, so not the layer we thought
@@ -220,8 +226,18 @@ class Recorder(AttentionBackend):
         return query.clone()
 
 
-def _join(*linears: torch.nn.Linear) -> torch.nn.Linear:
-    """One linear layer whose outputs are those of all, one behind the other."""
+def _kind(linear: torch.nn.Module) -> type[torch.nn.Module] | None:
+    """What can be joined with its like: plain linear layers, or quantized ones of one form."""
+    return type(linear) if type(linear) is torch.nn.Linear or isinstance(linear, QuantizedLinear) else None
+
+
+def _join(*linears: Any) -> Any:
+    """One linear layer whose outputs are those of all, one behind the other. Raises TypeError if there is none."""
+    if isinstance(linears[0], QuantizedLinear):
+        together = linears[0].joined_with(list(linears[1:]))
+        if together is None:
+            raise TypeError("these quantized layers cannot be joined")
+        return together
     joined = torch.nn.Linear(1, 1, bias=linears[0].bias is not None)
     joined.in_features, joined.out_features = linears[0].in_features, sum(linear.out_features for linear in linears)
     joined.weight = torch.nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)

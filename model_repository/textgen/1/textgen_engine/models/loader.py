@@ -28,10 +28,12 @@ from textgen_engine.models.dense import DENSE_LAYERS, DenseFallback
 from textgen_engine.models.dense import MAX_POSITIONS as DENSE_POSITIONS
 from textgen_engine.models.families import PREPARATIONS
 from textgen_engine.models.fusion import fuse_layers
+from textgen_engine.models.quantization.hooks import QuantizationHooks, checkpoint_settings, choose_method
+from textgen_engine.models.quantization.linear import IntegerLinear
 from textgen_engine.models.sharded_reading import PartHooks
 from textgen_engine.models.sharding import Plan, connect_ranks, keep_biases_of_rank_0, make_plan
 from textgen_engine.models.trial import LayerNeeds, check_results, probe_layers, stock_logits
-from textgen_engine.models.weights import WeightHooks, WeightReader, as_quantizer, stored_tensors
+from textgen_engine.models.weights import WeightHooks, WeightReader, as_quantizer, stored_names, stored_tensors
 from textgen_engine.parallel.group import Collectives
 from textgen_engine.parallel.split import CannotSplit, Shard
 
@@ -108,6 +110,9 @@ def load_model(
         dtype = _choose_dtype(config, hf_config)
         preparation = PREPARATIONS.get(hf_config.model_type)
         stock_attention = "eager" if preparation is None else preparation.stock_attention
+        quantization = _quantization(config, checkpoint, hf_config, kernels)
+        if shard is not None and quantization is not None:
+            raise CannotSplit(f"its weights are quantized ({quantization.method.name})")
         with torch.device("meta"):
             outline = AutoModelForCausalLM.from_config(
                 hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code
@@ -115,7 +120,7 @@ def load_model(
         if shard is not None and preparation is not None and not preparation.can_be_split:
             raise CannotSplit("its attention is prepared for one process (models/families)")
         plan = None if shard is None else make_plan(outline, shard)
-        _check_memory(folder, outline, plan, dtype, device)
+        _check_memory(folder, outline, plan, dtype, device, quantization)
         model, report = read_model(
             checkpoint,
             type(outline),
@@ -123,7 +128,7 @@ def load_model(
             dtype,
             device,
             trust_remote_code=config.trust_remote_code,
-            hooks=None if plan is None else PartHooks(plan, outline),
+            hooks=quantization if plan is None else PartHooks(plan, outline),
         )
         if plan is not None:
             keep_biases_of_rank_0(model, plan)
@@ -137,7 +142,11 @@ def load_model(
         ) from error
     except _UNREADABLE as error:
         raise ModelLoadError(f"cannot load {folder}: {_one_line(error)}") from error
+    if quantization is not None:
+        quantization.check_shapes()
     _check_weights(folder, report)
+    if quantization is not None:
+        quantization.finish(model)
     tokenizer = None
     if shard is None or shard.rank == 0:
         tokenizer = _load_tokenizer(checkpoint, config.trust_remote_code)
@@ -157,7 +166,7 @@ def load_model(
         backend.check(needs.features)
         layers = [needs.shapes[layer] for layer in range(len(needs.shapes))]
         if config.dense_fallback and expected is not None:  # now, for what is fused below cannot be undone
-            check_results(model, backend, layers, expected, dtype)
+            check_results(model, backend, layers, expected, dtype, rounds_activations=_rounds_activations(model))
     except ModelLoadError as error:
         if not config.dense_fallback:
             raise ModelLoadError(f"{error} ({DENSE_HINT})") from error
@@ -172,7 +181,7 @@ def load_model(
         if device.type == "cpu":
             _prepare_for_cpu(model, config, kernels, needs, fused=fused)
         if expected is not None:
-            check_results(model, backend, layers, expected, dtype)
+            check_results(model, backend, layers, expected, dtype, rounds_activations=_rounds_activations(model))
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -234,6 +243,26 @@ def read_model(
     return model, report
 
 
+def _quantization(
+    config: ModelConfig, checkpoint: Checkpoint, hf_config: Any, kernels: CpuKernels | None
+) -> QuantizationHooks | None:
+    """What quantizes this load; takes the checkpoint's own settings, if they are ours to follow, out of hf_config."""
+    if not checkpoint.shards:
+        if config.quantize is not None:
+            raise ModelLoadError(
+                f"QUANTIZE={config.quantize} is for safetensors; {checkpoint.folder} is "
+                f"{'GGUF' if checkpoint.gguf else 'a pickle'}"
+            )
+        return None
+    settings = checkpoint_settings(checkpoint.folder, hf_config)
+    method = choose_method(config.quantize, settings, stored_names(list(checkpoint.shards)))
+    if method is None:
+        return None
+    if settings is not None and hasattr(hf_config, "quantization_config"):
+        del hf_config.quantization_config
+    return QuantizationHooks(method, kernels, settings)
+
+
 def _gguf_keyword(checkpoint: Checkpoint) -> dict[str, str]:
     return {} if checkpoint.gguf is None else {"gguf_file": checkpoint.gguf}
 
@@ -263,7 +292,12 @@ def _choose_dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:
 
 
 def _check_memory(
-    folder: Path, outline: torch.nn.Module, plan: Plan | None, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    outline: torch.nn.Module,
+    plan: Plan | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: QuantizationHooks | None = None,
 ) -> None:
     """Refuse a model that does not fit before anything of it is allocated.
 
@@ -271,10 +305,14 @@ def _check_memory(
     may describe a far larger one.
     """
     parts = {} if plan is None else plan.slices
-    needed = dtype.itemsize * sum(
+    needed: float = dtype.itemsize * sum(
         math.prod(parts[name].shape(parameter.shape)) if name in parts else parameter.numel()
         for name, parameter in outline.named_parameters()
     )
+    if quantization is not None:
+        quantization.prepare(outline)  # it has served its purpose
+        kept = sum(parameter.numel() for parameter in outline.parameters()) * dtype.itemsize
+        needed = kept + quantization.num_quantized * quantization.method.bytes_per_weight
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     if needed > free:
         raise ModelLoadError(
@@ -338,6 +376,10 @@ def _prepare_for_cpu(
         fuse_layers(model, kernels, needs.scorings)
     num_replaced = replace_linears(model, kernels, batch_invariant=config.batch_invariant)
     logger.info("%s: %d linear layers replaced by CPU forms", type(model).__name__, num_replaced)
+
+
+def _rounds_activations(model: torch.nn.Module) -> bool:
+    return any(isinstance(module, IntegerLinear) for module in model.modules())
 
 
 def _one_line(error: BaseException) -> str:

@@ -110,8 +110,13 @@ def check_results(
     layers: list[LayerShape],
     expected: torch.Tensor,
     dtype: torch.dtype,
+    *,
+    rounds_activations: bool = False,
 ) -> None:
-    """Raise ModelLoadError unless the logits through our attention, in two steps of chunks, are the expected ones."""
+    """Raise ModelLoadError unless the logits through our attention, in two steps of chunks, are the expected ones.
+
+    rounds_activations: to integers, on their way into linear layers, so that a last bit may make a step's difference.
+    """
     device = expected.device
     ids = _trial_ids(expected.shape[2], device)
     num_blocks = 2 * -(-_LENGTH // _BLOCK_SIZE)
@@ -137,7 +142,7 @@ def check_results(
         found[1, other_start:other_end] = logits[end - start :]
     size = (expected - expected.mean(-1, keepdim=True)).abs().amax(-1)  # [2, _LENGTH]
     share = (found - expected).abs().amax(-1) / size.clamp(min=1e-6)
-    is_exact = dtype is torch.float32
+    is_exact = dtype is torch.float32 and not rounds_activations
     # In 16 bits one expert chosen otherwise changes a token's logits: most tokens must agree.
     worst = float(share.max() if is_exact else share.median())
     if not worst <= (_TOLERANCE if is_exact else _TOLERANCE_16_BIT):

@@ -215,6 +215,11 @@ class WeightReader:
             logger.info("weights: %.0f %% of %.2f GiB read", 100 * read / whole, whole / 2**30)
 
 
+def stored_names(shards: list[Path]) -> frozenset[str]:
+    """Names of all tensors of these files."""
+    return frozenset(WeightReader(shards).tensors)
+
+
 def check_shard(path: Path) -> None:
     """Raise ModelLoadError unless the file's header can be read and all the tensors it names lie within the file."""
     _read_header(path, None)

@@ -25,6 +25,7 @@ class NewCache:
 
     num_blocks: int
     block_size: int
+    dtype: torch.dtype
 
 
 def encode_step(inputs: BatchInputs, copies: list[tuple[int, int]]) -> np.ndarray:

@@ -89,7 +89,7 @@ def serve(
                 loaded.layers,
                 num_blocks=message.num_blocks,
                 block_size=message.block_size,
-                dtype=loaded.dtype,
+                dtype=message.dtype,
                 device=loaded.device,
             )
             runner = ModelRunner(loaded, backend, cache, adapters, collectives)

@@ -1,0 +1,171 @@
+"""Chooses the method that an option or a checkpoint asks for, and applies it while weights are read.
+
+Linear layers alone are quantized. Embeddings, the LM head, norms, the routers of experts (left out by their size) and
+experts kept as one tensor stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from textgen_engine.errors import ModelLoadError
+from textgen_engine.kernels.cpu import CpuKernels
+from textgen_engine.models.quantization.awq import Awq
+from textgen_engine.models.quantization.bitsandbytes_4bit import TABLES, FourBit
+from textgen_engine.models.quantization.compressed_tensors import CompressedTensors
+from textgen_engine.models.quantization.eetq import WeightOnlyInt8
+from textgen_engine.models.quantization.fp8 import Fp8AtLoad, Fp8Checkpoint
+from textgen_engine.models.quantization.gptq import Gptq
+from textgen_engine.models.quantization.int8 import Int8
+from textgen_engine.models.quantization.linear import QuantizedLinear
+from textgen_engine.models.quantization.method import LoadMethod, Method, StoredLinear
+from textgen_engine.models.weights import WeightHooks
+
+logger = logging.getLogger(__name__)
+
+_STORED: dict[str, Callable[[dict[str, Any], frozenset[str]], Method]] = {
+    "gptq": Gptq,
+    "awq": Awq,
+    "fp8": Fp8Checkpoint,
+    "compressed-tensors": CompressedTensors,
+}
+# Older checkpoints say it in a file of its own.
+_OLD_FILES = {"gptq": "quantize_config.json", "awq": "quant_config.json"}
+# Fewer outputs than this are a router's or a gate's: nothing to gain, much to lose.
+_LEAST_OUTPUTS = 16
+
+
+def checkpoint_settings(folder: Path, hf_config: Any) -> dict[str, Any] | None:
+    """What the checkpoint says of its own quantization, with `quant_method`; None for plain weights."""
+    settings = getattr(hf_config, "quantization_config", None)
+    if settings is not None:
+        return dict(settings) if isinstance(settings, Mapping) else dict(settings.to_dict())
+    for method, name in _OLD_FILES.items():
+        if (folder / name).is_file():
+            try:
+                return {"quant_method": method, **json.loads((folder / name).read_text())}
+            except (OSError, ValueError, TypeError) as error:
+                raise ModelLoadError(f"{folder / name} cannot be read: {error}") from error
+    return None
+
+
+def choose_method(asked: str | None, settings: dict[str, Any] | None, stored: frozenset[str]) -> Method | None:
+    """The method for QUANTIZE=asked on a checkpoint with these settings and names of stored tensors.
+
+    None: nothing for us to do: plain weights, or a method that transformers itself undoes. Raises ModelLoadError where
+    option and checkpoint contradict each other.
+    """
+    if settings is None:
+        if asked is None:
+            return None
+        if asked in ("gptq", "awq", "compressed-tensors"):
+            raise ModelLoadError(
+                f"QUANTIZE={asked} needs a checkpoint whose weights are so quantized; this one has no "
+                f"quantization_config"
+            )
+        if asked in TABLES:
+            return FourBit(asked)
+        return {"int8": Int8(), "fp8": Fp8AtLoad()}.get(asked) or WeightOnlyInt8(asked)
+    method = str(settings.get("quant_method"))
+    if asked is not None and asked != method:
+        raise ModelLoadError(
+            f"QUANTIZE={asked} contradicts the checkpoint, whose weights are quantized already: {method} "
+            f"(quantization_config)"
+        )
+    if method not in _STORED:
+        if asked is not None or method == "bitsandbytes":
+            raise ModelLoadError(
+                f"checkpoints quantized by {method} are not served; {', '.join(_STORED)} are"
+                + ("; QUANTIZE=bitsandbytes quantizes plain weights at load" if method == "bitsandbytes" else "")
+            )
+        return None
+    return _STORED[method](settings, stored)
+
+
+class QuantizationHooks(WeightHooks):
+    """Applies one method to a model. num_quantized: weights of the layers that `prepare` last replaced."""
+
+    def __init__(self, method: Method, kernels: CpuKernels | None, settings: dict[str, Any] | None = None) -> None:
+        self.method = method
+        self._kernels = kernels
+        settings = settings or {}
+        kept = settings.get("modules_to_not_convert") or settings.get("ignore") or []
+        self._kept = [name.removeprefix("re:") if name.startswith("re:") else re.escape(name) for name in kept]
+        self.num_quantized = 0
+        self._mismatched: list[str] = []
+        self._summary = ""
+
+    def prepare(self, model: torch.nn.Module) -> None:
+        """Put the method's modules in the place of linear layers. Raises ModelLoadError if there is none for it."""
+        find_head: Any = getattr(model, "get_output_embeddings", None)
+        head = None if find_head is None else find_head()
+        named = dict(model.named_modules())
+        num_layers = num_replaced = self.num_quantized = 0
+        for name, linear in named.items():
+            if type(linear) is not torch.nn.Linear or linear is head:
+                continue
+            num_layers += 1
+            module = None if self._is_kept(name, linear) else self.method.replacement(linear, name)
+            if module is not None:
+                parent, _, attribute = name.rpartition(".")
+                setattr(named[parent] if parent else model, attribute, module)
+                num_replaced += 1
+                self.num_quantized += linear.in_features * linear.out_features
+        kind = type(model).__name__
+        if not num_replaced:
+            raise ModelLoadError(f"QUANTIZE={self.method.name}: {kind} has no linear layer that it applies to")
+        rest = sum(parameter.numel() for parameter in model.parameters())
+        share = self.num_quantized / (self.num_quantized + rest)
+        self._summary = (
+            f"{kind}: {num_replaced} of {num_layers} linear layers {self.method.name} ({share:.0%} of all weights), "
+            f"LM head and embeddings as they are"
+        )
+
+    def _is_kept(self, name: str, linear: torch.nn.Linear) -> bool:
+        if isinstance(self.method, LoadMethod) and linear.out_features < _LEAST_OUTPUTS:
+            return True
+        return any(re.fullmatch(rf"(.*\.)?{pattern}(\..*)?", name) for pattern in self._kept)
+
+    def wants(self, model: torch.nn.Module, name: str) -> bool:
+        owner, _, attribute = name.rpartition(".")
+        return (
+            isinstance(self.method, LoadMethod)
+            and attribute == "weight"
+            and isinstance(model.get_submodule(owner), QuantizedLinear)
+        )
+
+    def convert(self, model: torch.nn.Module, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        assert isinstance(self.method, LoadMethod)
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if tuple(tensor.shape) != (layer.in_features, layer.out_features)[::-1]:
+            self._mismatched.append(
+                f"{name} of shape {list(tensor.shape)}, the model's is {[layer.out_features, layer.in_features]}"
+            )
+            return {}
+        prefix = name.removesuffix("weight")
+        return {prefix + part: value for part, value in self.method.quantize(tensor.float()).items()}
+
+    def check_shapes(self) -> None:
+        """After loading: raise ModelLoadError for weights of another shape than the model's."""
+        if self._mismatched:
+            more = f" and {len(self._mismatched) - 1} more" if len(self._mismatched) > 1 else ""
+            raise ModelLoadError(f"the checkpoint has {self._mismatched[0]}{more}: config.json is another model's")
+
+    def finish(self, model: torch.nn.Module) -> None:
+        """After loading: stored layers become the ones that run, one by one, and all get their kernels."""
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, StoredLinear):
+                    setattr(module, name, child.finished())
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.kernels = self._kernels
+        how = "compiled kernels" if self._kernels is not None else "weights are dequantized for every product"
+        logger.info("%s; %s", self._summary, how)

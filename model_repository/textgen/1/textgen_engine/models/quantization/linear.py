@@ -1,0 +1,239 @@
+"""The two forms in which all methods keep a linear layer's weights, and how rows are multiplied by them.
+
+`CodedLinear`: weights as codes of 4 or 8 bits with scales per group of inputs; the arithmetic is that of the rows' own
+type. `IntegerLinear`: 8-bit weights, and rows rounded to 8 bits as they come. Compiled kernels (kernels/cpu.py) take
+few rows of float32 on the CPU; everything else dequantizes some outputs at a time and multiplies: that is the
+reference the tests compare with, and what a GPU runs for want of a kernel.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch.nn import functional
+
+from textgen_engine.kernels.cpu import CpuKernels
+from textgen_engine.models.cpu_linear import MOST_COMPILED_ROWS
+
+# As many weights are dequantized at a time.
+_PIECE_WEIGHTS = 4 << 20
+# Inputs and groups are multiples of this where the compiled kernels run.
+KERNEL_MULTIPLE = 32
+_INT8_MAX = 127.0
+
+
+class Code(IntEnum):
+    """What a weight's code is: a signed byte, half a byte that chooses from a table of 16, or a float8_e4m3fn."""
+
+    INT8 = 0
+    NIBBLE = 1
+    FLOAT8 = 2
+
+
+class QuantizedLinear(torch.nn.Module):
+    """Stands in for torch.nn.Linear: x [..., in_features] -> [..., out_features].
+
+    On the meta device until weights are loaded; `kernels` is set afterwards, where there are any.
+    """
+
+    kernels: CpuKernels | None = None
+    bias: torch.Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", None if bias is None else torch.nn.Parameter(bias, requires_grad=False))
+
+    def joined_with(self, others: list[QuantizedLinear]) -> QuantizedLinear | None:
+        """One layer whose outputs are those of all, one behind the other; None where they cannot be joined."""
+        raise NotImplementedError
+
+    def _joined_bias(self, others: list[QuantizedLinear]) -> torch.Tensor | None:
+        biases = [layer.bias for layer in (self, *others) if layer.bias is not None]
+        return torch.cat(biases) if biases else None
+
+
+class CodedLinear(QuantizedLinear):
+    """Weights as codes. weight: uint8 [out_features, in_features / 2] (half bytes), else [out_features, in_features] of
+    int8 or float8_e4m3fn. A weight is table[code] * scale + offset (without a table, the code itself), with scales and
+    offsets float32 [out_features, groups], each group being in_features / groups neighbouring inputs, in the order of
+    `order` [in_features], if there is one.
+    """
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: torch.Tensor | None,
+        *,
+        code: Code,
+        group_size: int,
+        table: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        assert in_features % group_size == 0
+        self.code, self.group_size, self.table = code, group_size, table
+        self.offsets: torch.Tensor | None = None
+        self.order: torch.Tensor | None = None
+        dtype = {Code.INT8: torch.int8, Code.NIBBLE: torch.uint8, Code.FLOAT8: torch.float8_e4m3fn}[code]
+        width = in_features // 2 if code is Code.NIBBLE else in_features
+        self.register_buffer("weight", torch.empty(out_features, width, dtype=dtype, device="meta"))
+        scales = torch.empty(out_features, in_features // group_size, dtype=torch.float32, device="meta")
+        self.register_buffer("scales", scales)
+
+    def fill(
+        self,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        order: torch.Tensor | None = None,
+    ) -> CodedLinear:
+        """Put values in; returns itself."""
+        self.weight, self.scales = weight.contiguous(), scales.float().contiguous()
+        self.offsets = None if offsets is None else offsets.float().contiguous()
+        self.order = order
+        return self
+
+    def dequantized(self, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """The weights of outputs [begin, end), float32 [end - begin, in_features], inputs in `order`."""
+        codes = self.weight[begin:end]
+        values = unpack_nibbles(codes) if self.code is Code.NIBBLE else codes
+        if self.table is not None:
+            values = self.table.to(codes.device)[values.int()]
+        groups = values.float().view(values.shape[0], -1, self.group_size) * self.scales[begin:end, :, None]
+        if self.offsets is not None:
+            groups = groups + self.offsets[begin:end, :, None]
+        return groups.view(values.shape[0], self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if self.order is not None:
+            rows = rows.index_select(1, self.order)
+        if self._is_compiled_for(rows):
+            assert self.kernels is not None
+            table = self.table if self.code is not Code.NIBBLE or self.table is not None else _COUNTING
+            output = self.kernels.coded_linear(
+                rows, int(self.code), table, self.weight, self.scales, self.offsets, self.bias
+            )
+        else:
+            step = max(1, _PIECE_WEIGHTS // self.in_features)
+            pieces = [
+                functional.linear(rows, self.dequantized(begin, begin + step).to(rows.dtype))
+                for begin in range(0, self.out_features, step)
+            ]
+            output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+            if self.bias is not None:
+                output = output + self.bias
+        return output.view(*x.shape[:-1], self.out_features)
+
+    def _is_compiled_for(self, rows: torch.Tensor) -> bool:
+        return (
+            self.kernels is not None
+            and rows.dtype is torch.float32
+            and rows.device.type == "cpu"
+            and rows.shape[0] <= MOST_COMPILED_ROWS
+            and self.group_size % KERNEL_MULTIPLE == 0
+        )
+
+    def joined_with(self, others: list[QuantizedLinear]) -> CodedLinear | None:
+        layers: list[CodedLinear] = [self]
+        for other in others:
+            alike = isinstance(other, CodedLinear) and (other.code, other.group_size) == (self.code, self.group_size)
+            if not alike or (other.bias is None) != (self.bias is None):
+                return None
+            assert isinstance(other, CodedLinear)
+            layers.append(other)
+        if any(layer.order is not None or (layer.offsets is None) != (self.offsets is None) for layer in layers):
+            return None
+        joined = CodedLinear(
+            self.in_features,
+            sum(layer.out_features for layer in layers),
+            self._joined_bias(others),
+            code=self.code,
+            group_size=self.group_size,
+            table=self.table,
+        )
+        joined.kernels = self.kernels
+        offsets = [layer.offsets for layer in layers if layer.offsets is not None]
+        return joined.fill(
+            torch.cat([layer.weight.view(torch.uint8) for layer in layers]).view(self.weight.dtype),
+            torch.cat([layer.scales for layer in layers]),
+            torch.cat(offsets) if offsets else None,
+        )
+
+
+class IntegerLinear(QuantizedLinear):
+    """weight int8 [out_features, in_features], scales float32 [out_features], sums int32 [out_features] of its rows.
+
+    Each row of x is rounded to -127 ... 127 on a scale of its own, its largest value's, so neighbours do not matter.
+    """
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+    sums: torch.Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: torch.Tensor | None) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8, device="meta"))
+        self.register_buffer("scales", torch.empty(out_features, dtype=torch.float32, device="meta"))
+        self.register_buffer("sums", torch.empty(out_features, dtype=torch.int32, device="meta"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if self.kernels is not None and rows.dtype is torch.float32 and rows.device.type == "cpu":
+            output = self.kernels.integer_linear(rows, self.weight, self.scales, self.sums, self.bias)
+        else:
+            codes, row_scales = quantize_rows(rows.float())
+            output = (self._products(codes) * row_scales[:, None] * self.scales).to(x.dtype)
+            if self.bias is not None:
+                output = output + self.bias
+        return output.view(*x.shape[:-1], self.out_features)
+
+    def _products(self, codes: torch.Tensor) -> torch.Tensor:
+        """codes [num_rows, in_features] times the weights, as float32."""
+        if codes.device.type == "cuda" and self.in_features % 8 == 0 and self.out_features % 8 == 0:
+            # cuBLAS wants more than 16 rows, in eights.
+            padding = max(24, -(-codes.shape[0] // 8) * 8) - codes.shape[0]
+            padded = functional.pad(codes.to(torch.int8), (0, 0, 0, padding))
+            return torch._int_mm(padded, self.weight.t())[: codes.shape[0]].float()
+        return functional.linear(codes, self.weight.float())
+
+    def joined_with(self, others: list[QuantizedLinear]) -> IntegerLinear | None:
+        layers: list[IntegerLinear] = [self]
+        for other in others:
+            if not isinstance(other, IntegerLinear) or (other.bias is None) != (self.bias is None):
+                return None
+            layers.append(other)
+        num_outputs = sum(layer.out_features for layer in layers)
+        joined = IntegerLinear(self.in_features, num_outputs, self._joined_bias(others))
+        joined.kernels = self.kernels
+        joined.weight = torch.cat([layer.weight for layer in layers])
+        joined.scales = torch.cat([layer.scales for layer in layers])
+        joined.sums = torch.cat([layer.sums for layer in layers])
+        return joined
+
+
+_COUNTING = torch.arange(16, dtype=torch.float32)
+
+
+def quantize_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row rounded to whole numbers of -127 to 127 (float32) on its own scale: codes, scales [num_rows]."""
+    largest = matrix.abs().amax(dim=1)
+    factors = torch.where(largest > 0, _INT8_MAX / largest, torch.zeros_like(largest))
+    return (matrix * factors[:, None]).round(), largest / _INT8_MAX
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """codes 0 ... 15 [rows, inputs] -> uint8 [rows, inputs / 2]: in chunks of 32, the first 16 in the low halves."""
+    chunks = codes.to(torch.uint8).view(codes.shape[0], -1, 2, 16)
+    return (chunks[:, :, 0] | (chunks[:, :, 1] << 4)).reshape(codes.shape[0], -1)
+
+
+def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of pack_nibbles; uint8."""
+    bytes_ = packed.view(packed.shape[0], -1, 16)
+    return torch.stack((bytes_ & 15, bytes_ >> 4), dim=2).view(packed.shape[0], -1)
