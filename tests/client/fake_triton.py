@@ -121,6 +121,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.calls: list[Call] = []
         self.model_ready = True
         self.info: dict[str, Any] = {"model_id": "fake", "device": "cpu", **MODEL_LIMITS}
+        self.adapters: list[dict[str, Any]] = []
+        self.adapter_commands: list[Any] = []
         self.template = ""  # the chat template's source
 
     def ModelStreamInfer(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
@@ -129,7 +131,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
                 yield response(final=True, text_output=json.dumps(self.info))
                 continue
             if "adapter_command" in parameters_of(request):
-                yield response(final=True, text_output='{"adapters": []}')
+                self.adapter_commands.append(request)
+                yield response(final=True, text_output=json.dumps({"adapters": self.adapters}))
                 continue
             call = Call(request, context, dict(context.invocation_metadata()))
             context.add_callback(call.left.set)

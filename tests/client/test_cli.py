@@ -203,10 +203,7 @@ def test_adapters(triton: FakeTriton, textgen: Command) -> None:
         "unloading": False,
     }  # fmt: skip
 
-    def script(request: Any, call: Call) -> Iterator[Any]:
-        yield response(final=True, text_output=json.dumps({"adapters": [adapter]}))
-
-    triton.script = script
+    triton.adapters = [adapter]
     line = "support              rank 16, 60 layers, 3.0 MiB  2 live\n"
     for command, sent in (
         (("list",), {"action": "list"}),
@@ -215,7 +212,7 @@ def test_adapters(triton: FakeTriton, textgen: Command) -> None:
         (("unload", "support"), {"action": "unload", "name": "support"}),
     ):
         assert textgen("adapters", *command) == (0, line, "")
-        request = triton.calls[-1].request
+        request = triton.adapter_commands[-1]
         assert (request.model_name, strings_of(request, "text_input")) == ("textgen", None)
         assert parameters_of(request) == {"adapter_command": sent}
     assert json.loads(textgen("adapters", "list", "--json")[1]) == [adapter]

@@ -62,7 +62,7 @@ failureThreshold: {{ .failureThreshold }}
 
 {{- define "textgen.check" -}}
 {{- $own := list "MODEL_ID" "GRACEFUL_TERMINATION_TIMEOUT" "RESTRICTED_API_KEY" "HOST" "HTTP_PORT" "GRPC_PORT" "METRICS_PORT" "GATEWAY_PORT" }}
-{{- $unsupported := list "QUANTIZE" "KV_CACHE_DTYPE" "ROPE_SCALING" }}
+{{- $unsupported := list "ROPE_SCALING" }}
 {{- range $name := keys .Values.options | sortAlpha }}
 {{- if has $name $own }}{{ fail (printf "options.%s: the chart sets it; see values.yaml" $name) }}{{ end }}
 {{- if has $name $unsupported }}{{ fail (printf "options.%s is not supported by this version of the server" $name) }}{{ end }}

@@ -71,9 +71,15 @@ class TiledLinear(CpuLinear):
         return output if self.bias is None else output + self.bias
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether somebody wants to be called when the module is; a replacement would not do so."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def replace_linears(model: torch.nn.Module, kernels: CpuKernels | None = None, *, batch_invariant: bool = False) -> int:
     """Put a CompiledLinear (CpuLinear without kernels, TiledLinear for batch_invariant) in the place of every plain
-    torch.nn.Linear, sharing its parameters; returns how many."""
+    torch.nn.Linear, sharing its parameters; returns how many. One with hooks of its own (a checkpoint's code may set
+    them) stays."""
 
     def replacement(linear: torch.nn.Linear) -> CpuLinear:
         if batch_invariant:
@@ -85,7 +91,7 @@ def replace_linears(model: torch.nn.Module, kernels: CpuKernels | None = None, *
     num_replaced = 0
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is torch.nn.Linear and child.weight.dtype is torch.float32:
+            if type(child) is torch.nn.Linear and child.weight.dtype is torch.float32 and not has_hooks(child):
                 setattr(module, name, replacement(child))
                 num_replaced += 1
     return num_replaced

@@ -53,7 +53,8 @@ class DenseFallback(torch.nn.Module):
             here = sorted(wanted & set(range(start, start + query_len)))
             if here:
                 blocks = metadata.block_tables[index : index + 1, : -(-seq_len // keys.shape[2])]
-                digits = gather_blocks(keys, blocks, keys.dtype)[0, 0, :seq_len].to(torch.int64)  # [seq_len, _NUM_DIGITS]
+                digits = gather_blocks(keys, blocks, keys.dtype)[0, 0, :seq_len]  # [seq_len, _NUM_DIGITS]
+                digits = digits.to(torch.int64)
                 logits = self.model(input_ids=(digits * _weights(digits.device)).sum(-1)[None], use_cache=False).logits
                 rows |= {row: logits[0, row - start - query_len] for row in here}
             start += query_len

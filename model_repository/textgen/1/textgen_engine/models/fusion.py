@@ -17,7 +17,7 @@ from torch.nn import functional
 from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata, Scoring
 from textgen_engine.attention.bridge import STEP_ATTRIBUTE
 from textgen_engine.kernels.cpu import CpuKernels
-from textgen_engine.models.cpu_linear import MOST_COMPILED_ROWS
+from textgen_engine.models.cpu_linear import MOST_COMPILED_ROWS, has_hooks
 from textgen_engine.models.quantization.linear import IntegerLinear, QuantizedLinear
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,8 @@ class FusedGatedLayer(torch.nn.Module):
         linears = [child for name, child in children.items() if name.endswith("_proj")]
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
         return (
-            len({_kind(linear) for linear in linears} - {None}) == 1
+            not any(has_hooks(module) for module in layer.modules())
+            and len({_kind(linear) for linear in linears} - {None}) == 1
             and not any(_kind(linear) is None for linear in linears)
             and all(isinstance(getattr(norm, "variance_epsilon", None), float) for norm in norms)
             and all(parameter.dtype is torch.float32 for parameter in layer.parameters())
