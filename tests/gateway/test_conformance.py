@@ -196,7 +196,9 @@ def test_32_33_bad_and_new_grammars_disturb_nobody(http: httpx.Client) -> None:
 
     beside, *statuses = together(lambda: stream(http, **long), *[lambda n=n: ask(n) for n in range(8)])  # type: ignore[misc]
     assert statuses == [200, 200, 200, 422] * 2
-    assert beside == alone
+    # Log-probabilities may differ in the last bit: the rows beside change the order of a sum.
+    assert [event["token"]["id"] for event in beside] == [event["token"]["id"] for event in alone]
+    assert beside[-1]["generated_text"] == alone[-1]["generated_text"]
     assert http.get("/health").status_code == 200
 
 

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,23 +74,29 @@ def test_versions_change_without_a_gap(
     new_text = wire.ask(**SHORT).text
     assert new_text != old_text
     assert wire.ask(model="ensemble", **SHORT).text == new_text
-    assert server.metric("tgi_engine_ready", version="2") == 1
+    _wait_until(lambda: server.metric("tgi_engine_ready", version="2") == 1, "the new version is not ready")
 
     # The old streams still grow, with the old model's text, and end when they are told to.
-    alone = "".join(next(streams[0]).text for _ in range(100))
-    assert [alone[:50] == "".join(next(stream).text for _ in range(100))[:50] for stream in streams[1:]] == [True] * 3
+    whole = [text + "".join(next(stream).text for _ in range(100)) for text, stream in zip(begun, streams, strict=True)]
+    shared = min(map(len, whole))
+    assert len({text[:shared] for text in whole}) == 1
+    assert shared > len(begun[0])
     for stream in streams:
         stream.cancel()
-    deadline = time.monotonic() + 60
-    while server.metric("tgi_engine_ready", version="1"):
-        assert time.monotonic() < deadline, "the old version is not unloaded"
-        time.sleep(0.1)
+    _wait_until(lambda: not server.metric("tgi_engine_ready", version="1"), "the old version is not unloaded")
 
     back = _update(server, repository, "--rollback")
     assert back.returncode == 0, back.stderr
     assert "version 1 serves" in back.stdout
     assert wire.ask(**SHORT).text == old_text
     assert not (repository / "textgen" / "2").exists()
+
+
+def _wait_until(condition: Callable[[], bool], problem: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, problem
+        time.sleep(0.1)
 
 
 def _claim_weights(path: Path, num_bytes: int) -> None:

@@ -62,6 +62,7 @@ class Collectives:
         reach it. device: where layers exchange tensors; a CUDA device means NCCL."""
         self.rank, self.world_size = rank, world_size
         self.traffic = Traffic()
+        self._timeout = timedelta(seconds=timeout_s)
         try:
             self._control = _gloo(PrefixStore("control", store), rank, world_size, address, _IDLE_S)
             tensors = PrefixStore("tensors", store)
@@ -155,6 +156,10 @@ class Collectives:
     def _broadcast(self, tensor: torch.Tensor) -> None:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
+        if self.rank == 0:
+            # Gloo sends only once the other side waits; one that hangs never will. (The others may wait for long: the
+            # next request may be a week away.)
+            options.timeout = self._timeout
         try:
             self._control.broadcast([tensor], options).wait()
         except RuntimeError as error:
