@@ -6,7 +6,6 @@ An `AsyncClient` belongs to the event loop in which it is first used.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -110,9 +109,14 @@ async def _read_to_end(call: Any) -> None:
     """Wait for the server to end the stream, which it does at once after its final response; not for ever."""
 
     async def read() -> None:
-        with contextlib.suppress(grpc.RpcError):
+        try:
             while await call.read() is not grpc.aio.EOF:
                 pass
+        except grpc.RpcError:
+            pass
+        except asyncio.CancelledError:
+            if not call.cancelled():  # somebody closed the stream just before its last response was read
+                raise
 
     try:
         await asyncio.wait_for(read(), END_OF_STREAM_S)

@@ -12,11 +12,13 @@ import pytest
 from textgen_client import (
     AsyncClient,
     GenerationError,
+    OverloadedError,
     RequestCancelled,
     RequestTimeout,
     ServerUnavailable,
     ValidationError,
 )
+from textgen_client.aio import AsyncStream
 
 from .fake_triton import Call, FakeTriton, endless, flag_of, last_word, response
 
@@ -163,3 +165,25 @@ def test_a_client_belongs_to_one_loop(triton: FakeTriton) -> None:
     assert asyncio.run(client.generate("hi")).text == "hi"
     with pytest.raises(RuntimeError, match="event loop"):
         asyncio.run(client.generate("hi"))
+
+
+def test_a_stream_closed_just_before_its_error_is_read_still_raises_the_error() -> None:
+    class ClosedMeanwhile:
+        """A call that `aclose` in another task has cancelled when its last response lay ready."""
+
+        def __init__(self) -> None:
+            self._left = [response(final=True, error="Model is overloaded: 64 requests are live")]
+
+        async def read(self) -> Any:
+            if self._left:
+                return self._left.pop()
+            raise asyncio.CancelledError
+
+        def cancelled(self) -> bool:
+            return True
+
+    async def main() -> None:
+        await anext(AsyncStream(ClosedMeanwhile(), "id", "url"))
+
+    with pytest.raises(OverloadedError):
+        asyncio.run(main())
