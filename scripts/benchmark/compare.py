@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -83,7 +84,7 @@ def _check(engine: Engine, records: list[Record], new_tokens: int) -> None:
 @click.command(help=__doc__)
 @click.option("--model", type=click.Path(path_type=Path, exists=True, file_okay=False), default=_MODEL)
 @click.option("--rivals", type=click.Path(path_type=Path, file_okay=False), default=_ROOT / ".cache" / "rivals")
-@click.option("--only", default="", help="Names of engines, a list; ours is always there.")
+@click.option("--only", default="", help="Names of engines, separated by semicolons; ours is always there.")
 @click.option("--concurrency", default="1,8,32", show_default=True, help="Streams at once; a list.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True)
@@ -96,7 +97,7 @@ def main(
     rivals.mkdir(parents=True, exist_ok=True)
     setting = Setting(model, rivals, rivals / "engines.log", len(os.sched_getaffinity(0)))
     levels = [int(word) for word in concurrency.split(",")]
-    wanted = [word.strip().lower() for word in only.split(",") if word.strip()]
+    wanted = [word.strip().lower() for word in only.split(";") if word.strip()]
     engines, skipped = [], {}
     for engine in all_engines(setting):
         if wanted and engine.name.lower() not in wanted and engine.name != "triton-textgen":
@@ -119,13 +120,13 @@ def main(
                 continue
             try:
                 turn, versions[engine.name], tokens = measure(engine, prompts, levels, new_tokens, calm)
-            except (EngineError, OSError) as error:
+            except (EngineError, OSError, httpx.HTTPError) as error:
                 engine.stop()
                 if engine.name == "triton-textgen":
                     sys.exit(f"error: {error}")
                 skipped[engine.name] = str(error)
                 versions.pop(engine.name, None)
-                click.echo(f"{engine.name}: {error}")
+                click.echo(f"{engine.name}: left out: {error}")
                 continue
             runs.append({"engine": engine.name, "round": number, **turn})
             outputs.setdefault(engine.name, tokens)

@@ -366,6 +366,15 @@ class OpenVinoEngine(_Library):
     name, script, rival = "OpenVINO GenAI", "openvino_genai_batching.py", "openvino"
 
     def arguments(self) -> list[str]:
+        return [str(self.setting.rivals / "openvino" / "model-fp32"), "--precision", "f32"]
+
+
+class OpenVinoOwnChoiceEngine(OpenVinoEngine):
+    """The same left to its own choice of arithmetic: bfloat16 where the processor has it."""
+
+    name, precision = "OpenVINO GenAI, own precision", "own choice"
+
+    def arguments(self) -> list[str]:
         return [str(self.setting.rivals / "openvino" / "model-fp32")]
 
 
@@ -393,6 +402,7 @@ def all_engines(setting: Setting) -> list[Engine]:
     return [
         TextgenEngine(setting),
         OpenVinoEngine(setting),
+        OpenVinoOwnChoiceEngine(setting),
         VllmEngine(setting),
         LlamaCppEngine(setting),
         TransformersEngine(setting),

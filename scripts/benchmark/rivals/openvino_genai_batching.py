@@ -12,6 +12,7 @@ def main() -> None:
     """Load, then answer."""
     arguments = parser(__doc__)
     arguments.add_argument("--batch-tokens", type=int, default=1024)
+    arguments.add_argument("--precision", help="of the arithmetic; OpenVINO's own choice is bf16 where it is native")
     arguments.add_argument("--dynamic-quantization-group-size")
     given = arguments.parse_args()
     answers = take_over_stdout()
@@ -26,6 +27,8 @@ def main() -> None:
     scheduler.max_num_seqs = 64
     scheduler.dynamic_split_fuse = True
     properties = {"INFERENCE_NUM_THREADS": given.threads}
+    if given.precision:
+        properties["INFERENCE_PRECISION_HINT"] = given.precision
     if given.dynamic_quantization_group_size:
         properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = given.dynamic_quantization_group_size
     pipeline = genai.ContinuousBatchingPipeline(given.model, scheduler, "CPU", properties)
