@@ -15,6 +15,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check install -qq
 MODEL   := $(CACHE)/models/smollm2-135m-instruct
 CLIENT  := $(wildcard client/pyproject.toml)
 TOOLS   := $(CACHE)/tools
+comma   := ,
 SOURCES := model_repository scripts tests $(if $(CLIENT),client)
 TYPED   := model_repository/textgen/1/textgen_engine model_repository/tokenizer/1/textgen_tokenizer scripts $(if $(CLIENT),client)
 
@@ -98,7 +99,7 @@ $(STAMPS)/torch: $(STAMPS)/venv pyproject.toml
 
 $(STAMPS)/packages: $(STAMPS)/torch requirements/no-deps.txt requirements/dev-no-deps.txt pyproject.toml $(CLIENT)
 	@echo "[3/4] installing tritonserver, transformers and the tools"
-	@$(PIP) ".[server,dev]" $(if $(CLIENT),-e './client[gateway]')
+	@$(PIP) ".[server,dev$(if $(filter cpu,$(COMPUTE)),$(comma)dev-cpu)]" $(if $(CLIENT),-e './client[gateway]')
 	@$(PIP) --no-deps -r requirements/no-deps.txt -r requirements/dev-no-deps.txt
 	@touch $@
 
