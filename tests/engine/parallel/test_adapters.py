@@ -14,7 +14,7 @@ from textgen_engine.request import GenerationRequest
 from ..adapters.folders import linear_sizes, save_adapter
 from ..adapters.test_registry import command
 from ..test_engine_equalities import ids_of, prompts_of
-from ..tiny import Harness, make_config, make_request
+from ..tiny import Harness, make_config, make_request, save_checkpoint
 from .threads import RankThreads
 
 NAMES = ("everything", "mlp", None)
@@ -25,11 +25,15 @@ def requests(prefix: str) -> list[GenerationRequest]:
     return [make_request(f"{prefix}{row}", prompt, 10, adapter_id=NAMES[row % 3]) for row, prompt in enumerate(PROMPTS)]
 
 
-@pytest.mark.parametrize(("family", "world_size"), [("llama", 2), ("llama", 4), ("gpt2", 2), ("phi3", 2)])
+@pytest.mark.parametrize(
+    ("family", "world_size", "quantize"),
+    [("llama", 2, None), ("llama", 4, None), ("gpt2", 2, None), ("phi3", 2, None), ("llama", 2, "bitsandbytes-nf4")],
+)
 def test_adapters_equal_those_of_one_rank(
-    checkpoint: Callable[[str], Path], tmp_path: Path, family: str, world_size: int
+    checkpoint: Callable[[str], Path], tmp_path: Path, family: str, world_size: int, quantize: str | None
 ) -> None:
-    model = checkpoint(family)
+    sizes_of_blocks = {"hidden_size": 128, "intermediate_size": 256}  # of 64 weights, on each of two ranks
+    model = checkpoint(family) if quantize is None else save_checkpoint(tmp_path / "model", family, **sizes_of_blocks)
     sizes = linear_sizes(model)
     save_adapter(tmp_path / "everything", sizes, r"(?!.*embed).*", rank=3, seed=3, strength=0.9)
     inner = [name for name in sizes if "mlp" in name]
@@ -37,7 +41,7 @@ def test_adapters_equal_those_of_one_rank(
     lora = LoraConfig((AdapterSpec("everything", str(tmp_path / "everything")),), str(tmp_path), 4, 64)
     found = []
     for num_ranks in (1, world_size):
-        config = make_config(model, lora=lora, tokens_per_step=64)
+        config = make_config(model, lora=lora, tokens_per_step=64, quantize=quantize)
         harness = Harness(config, RankThreads(config, num_ranks) if num_ranks > 1 else None)
         harness.run_alone(make_request("warm", PROMPTS[3], 3))  # the layers have run before one more adapter comes
         command(harness, "load", "mlp")

@@ -19,7 +19,14 @@ from textgen_engine.parallel.launch import LOOPBACK, Ranks
 from textgen_engine.parallel.split import Shard
 from textgen_engine.parallel.worker import prepare, serve
 
+from ..test_engine_equalities import ids_of, prompts_of, requests_of
 from ..tiny import Harness
+
+NewRanks = Callable[..., Harness]
+PROMPTS = prompts_of([5, 1, 33, 64, 17, 100])
+# Of the largest logit of the model: partial sums over two to four ranks, of 64 to 512 terms each, through two or three
+# layers.
+RELATIVE_TOLERANCE = 2e-5
 
 
 class RankThreads(Ranks):
@@ -126,3 +133,16 @@ def record_logits(harness: Harness) -> Recorded:
 
     harness.engine._runner.forward = recording  # type: ignore[method-assign]
     return recorded
+
+
+def assert_alike(found: Harness, expected: Harness, prompts: list[list[int]] = PROMPTS, num_tokens: int = 12) -> None:
+    """The same requests give the same tokens in the same steps, and each step's logits within the tolerance."""
+    ours, theirs = record_logits(found), record_logits(expected)
+    ids = ids_of(found.run(requests_of(prompts, num_tokens)))
+    assert ids == ids_of(expected.run(requests_of(prompts, num_tokens)))
+    assert len({tuple(text) for text in ids}) > len(prompts) // 2, "a model that always says the same proves nothing"
+    assert len(ours.logits) == len(theirs.logits)
+    for given, right in zip(ours.logits, theirs.logits, strict=True):
+        if not right.numel():
+            continue  # a step of nothing but a chunk
+        torch.testing.assert_close(given, right, rtol=0, atol=RELATIVE_TOLERANCE * float(right.abs().max()))

@@ -497,10 +497,6 @@ def build_config(
     lora = _read_lora(values)
     if values["batch_invariant"] and values["quantize"] is not None:
         raise ConfigError("TEXTGEN_BATCH_INVARIANT is for float32 weights: it cannot be combined with QUANTIZE")
-    if values["quantize"] is not None and parallel.world_size > 1:
-        raise ConfigError(
-            f"QUANTIZE={values['quantize']} needs NUM_SHARD=1: quantized weights are not split over ranks"
-        )
     max_sequences = values["max_batch_size"]
     max_tokens_per_step = values["max_batch_prefill_tokens"] or (4096 if has_gpu else 512)
     if max_sequences is None:

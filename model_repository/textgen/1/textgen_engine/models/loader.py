@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,8 +110,6 @@ def load_model(
         preparation = PREPARATIONS.get(hf_config.model_type)
         stock_attention = "eager" if preparation is None else preparation.stock_attention
         quantization = _quantization(config, checkpoint, hf_config, kernels)
-        if shard is not None and quantization is not None:
-            raise CannotSplit(f"its weights are quantized ({quantization.method.name})")
         with torch.device("meta"):
             outline = AutoModelForCausalLM.from_config(
                 hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code
@@ -120,7 +117,8 @@ def load_model(
         if shard is not None and preparation is not None and not preparation.can_be_split:
             raise CannotSplit("its attention is prepared for one process (models/families)")
         plan = None if shard is None else make_plan(outline, shard)
-        _check_memory(folder, outline, plan, dtype, device, quantization)
+        hooks = quantization if plan is None else PartHooks(plan, outline, quantization)
+        _check_memory(folder, outline, dtype, device, hooks, quantization)
         model, report = read_model(
             checkpoint,
             type(outline),
@@ -128,7 +126,7 @@ def load_model(
             dtype,
             device,
             trust_remote_code=config.trust_remote_code,
-            hooks=quantization if plan is None else PartHooks(plan, outline),
+            hooks=hooks,
         )
         if plan is not None:
             keep_biases_of_rank_0(model, plan)
@@ -294,25 +292,23 @@ def _choose_dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:
 def _check_memory(
     folder: Path,
     outline: torch.nn.Module,
-    plan: Plan | None,
     dtype: torch.dtype,
     device: torch.device,
-    quantization: QuantizationHooks | None = None,
+    hooks: WeightHooks | None,
+    quantization: QuantizationHooks | None,
 ) -> None:
     """Refuse a model that does not fit before anything of it is allocated.
 
     The size is that of the model the config describes, not of the files: a config that does not belong to its weights
     may describe a far larger one.
     """
-    parts = {} if plan is None else plan.slices
-    needed: float = dtype.itemsize * sum(
-        math.prod(parts[name].shape(parameter.shape)) if name in parts else parameter.numel()
-        for name, parameter in outline.named_parameters()
-    )
+    names = {name for name, _ in outline.named_parameters()}  # tied ones once
+    if hooks is not None:
+        hooks.prepare(outline)  # it has served its purpose
+    kept = (parameter for name, parameter in outline.named_parameters(remove_duplicate=False) if name in names)
+    needed: float = dtype.itemsize * sum(parameter.numel() for parameter in kept)
     if quantization is not None:
-        quantization.prepare(outline)  # it has served its purpose
-        kept = sum(parameter.numel() for parameter in outline.parameters()) * dtype.itemsize
-        needed = kept + quantization.num_quantized * quantization.method.bytes_per_weight
+        needed += quantization.num_quantized * quantization.method.bytes_per_weight
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     if needed > free:
         raise ModelLoadError(

@@ -18,6 +18,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from textgen_engine.models.quantization.method import StoredLinear
 from textgen_engine.models.sharding import Plan
 from textgen_engine.models.weights import StoredParts, StoredTensor, WeightHooks
 from textgen_engine.parallel.split import CannotSplit, Slice
@@ -26,7 +27,8 @@ from textgen_engine.parallel.split import CannotSplit, Slice
 class PartHooks(WeightHooks):
     """Gives a model the shapes of one rank's part, and reads that part. outline: the whole model, without memory.
 
-    inner: what then happens to the part, as it would to a whole model (quantization at load).
+    inner: what then happens to the part, as it would to a whole model (quantization). Its stored tensors have parts
+    once `prepare` has been called, which is done with the outline before anything is selected.
     """
 
     def __init__(self, plan: Plan, outline: Any, inner: WeightHooks | None = None) -> None:
@@ -37,10 +39,19 @@ class PartHooks(WeightHooks):
         self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
         self._prefix: str = outline.base_model_prefix
         self._outline: dict[str, torch.Tensor] = outline.state_dict()
+        self._slices = dict(plan.slices)
 
     def prepare(self, model: torch.nn.Module) -> None:
         self._plan.shrink(model)
         self._inner.prepare(model)
+        for name, module in model.named_modules():
+            if isinstance(module, StoredLinear):
+                for tensor_name, tensor in module.named_buffers(recurse=False):
+                    full_name = f"{name}.{tensor_name}"
+                    self._outline.setdefault(full_name, tensor)
+                    self._slices.pop(full_name, None)
+                    if tensor_name in module.slices:
+                        self._slices[full_name] = module.slices[tensor_name]
 
     def wants(self, model: torch.nn.Module, name: str) -> bool:
         return self._inner.wants(model, name)
@@ -60,7 +71,7 @@ class PartHooks(WeightHooks):
         target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._outline)
         if target not in self._outline and name in self._outline:
             target, pattern = name, None
-        part = self._plan.slices.get(target)
+        part = self._slices.get(target)
         if part is None or pattern is None:
             return part
         converter = next(converter for converter in self._converters if pattern in converter.source_patterns)

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from textgen_engine.adapters.peft_folder import LinearSizes
 from textgen_engine.models.fusion import FusedGatedLayer
+from textgen_engine.models.quantization.part import LayerPart
 from textgen_engine.parallel.group import Collectives
 from textgen_engine.parallel.linear import NormOverHeads, SummedOverRanks, VocabularyEmbedding, VocabularyHead
 from textgen_engine.parallel.split import (
@@ -142,6 +143,12 @@ class Plan:
         outputs, _ = self.by_outputs.get(name, (None, 0))
         return _columns(down, inputs), _columns(up, outputs)
 
+    def _part_of_layer(self, name: str, layer: Any) -> LayerPart:
+        outputs, inputs = _num_outputs(layer), _num_inputs(layer)
+        return LayerPart(
+            *self.by_outputs.get(name, (((0, outputs),), outputs)), *self.by_inputs.get(name, (((0, inputs),), inputs))
+        )
+
     @property
     def num_local_ids(self) -> int:
         """Token ids of which this rank holds the embedding."""
@@ -159,6 +166,9 @@ class Plan:
                     empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
                     setattr(module, name, torch.nn.Parameter(empty, requires_grad=False))
                     _tell_size(module, parameter.shape, shape)
+        for name, layer in model.named_modules():
+            if name in self.by_outputs or name in self.by_inputs:
+                layer.part_of_rank = self._part_of_layer(name, layer)
         configs: dict[tuple[int, Heads], Any] = {}
         for name, heads in self.heads.items():
             _tell_heads(model.get_submodule(name), heads, configs)

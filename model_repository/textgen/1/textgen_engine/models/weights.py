@@ -111,7 +111,10 @@ class StoredParts:
     dim: int
 
     def __getitem__(self, index: EllipsisType) -> torch.Tensor:
-        return torch.cat([part[...] for part in self.parts], self.dim)
+        parts = [part[...] for part in self.parts]
+        if parts[0].dtype.itemsize == 1:  # 8-bit floats cannot be joined as what they are
+            return torch.cat([part.view(torch.uint8) for part in parts], self.dim).view(parts[0].dtype)
+        return torch.cat(parts, self.dim)
 
     def get_shape(self) -> list[int]:
         shape = self.parts[0].get_shape()

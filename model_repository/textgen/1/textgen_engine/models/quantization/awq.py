@@ -14,9 +14,11 @@ from textgen_engine.errors import ModelLoadError
 from textgen_engine.models.quantization.gptq import coded_layer, unpack_words
 from textgen_engine.models.quantization.linear import CodedLinear
 from textgen_engine.models.quantization.method import StoredLinear, StoredMethod
+from textgen_engine.models.quantization.part import Axis, part_of
 
 _BITS = 4
 _PER_WORD = 32 // _BITS
+_OUTPUT_WORDS = Axis("outputs", _PER_WORD)
 # Output i of eight lies in place _PLACES[i] of a word, counted from its lowest bits.
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -38,11 +40,11 @@ class Awq(StoredMethod):
     def replacement(self, linear: torch.nn.Linear, name: str) -> StoredLinear | None:
         if f"{name}.qweight" not in self._stored:
             return None
-        group_size = linear.in_features if self._group_size == -1 else self._group_size
-        if linear.in_features % group_size:
+        num_inputs = part_of(linear).num_inputs
+        group_size = num_inputs if self._group_size == -1 else self._group_size
+        if num_inputs % group_size:
             raise ModelLoadError(
-                f"quantization_config: group_size {group_size} does not divide the {linear.in_features} inputs of "
-                f"{name}"
+                f"quantization_config: group_size {group_size} does not divide the {num_inputs} inputs of {name}"
             )
         return AwqLinear(linear, group_size)
 
@@ -54,15 +56,19 @@ class AwqLinear(StoredLinear):
 
     def __init__(self, linear: torch.nn.Linear, group_size: int) -> None:
         super().__init__(linear)
-        self._group_size = group_size
-        num_groups = self.in_features // group_size
-        self._expect("qweight", (self.in_features, self.out_features // _PER_WORD), torch.int32)
-        self._expect("qzeros", (num_groups, self.out_features // _PER_WORD), torch.int32)
-        self._expect("scales", (num_groups, self.out_features), torch.float32)
+        self._groups = Axis("inputs", group_size)
+        self._expect("qweight", torch.int32, Axis("inputs"), _OUTPUT_WORDS)
+        self._expect("qzeros", torch.int32, self._groups, _OUTPUT_WORDS)
+        self._expect("scales", torch.float32, self._groups, Axis("outputs"))
 
     def finished(self) -> CodedLinear:
-        codes, zeros = (_in_order(unpack_words(words, _BITS)).t() for words in (self.qweight, self.qzeros))
-        return coded_layer(self, codes.contiguous(), zeros, self.scales.t(), _BITS, self._group_size)
+        codes, zeros = (
+            self.part.held(_in_order(unpack_words(words, _BITS)), 1, _OUTPUT_WORDS).t()
+            for words in (self.qweight, self.qzeros)
+        )
+        size = self.part.group_size(self._groups.per)
+        zeros, scales = (self.part.by_group(values, 1, self._groups, size) for values in (zeros, self.scales.t()))
+        return coded_layer(self, codes.contiguous(), zeros, scales, _BITS, size)
 
 
 def _in_order(codes: torch.Tensor) -> torch.Tensor:

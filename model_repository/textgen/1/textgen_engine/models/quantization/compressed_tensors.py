@@ -15,6 +15,7 @@ from textgen_engine.models.quantization.fp8 import Fp8Linear
 from textgen_engine.models.quantization.gptq import coded_layer, unpack_words
 from textgen_engine.models.quantization.linear import Code, CodedLinear
 from textgen_engine.models.quantization.method import StoredLinear, StoredMethod
+from textgen_engine.models.quantization.part import Axis, part_of
 
 _FORMATS = ("float-quantized", "int-quantized", "pack-quantized")
 
@@ -53,7 +54,7 @@ class CompressedTensors(StoredMethod):
             return Fp8Linear(linear, "weight_scale", self._strategy)
         if self._format == "int-quantized":
             return IntLinear(linear, per_channel=self._strategy == "channel")
-        return PackedLinear(linear, self._bits, self._group_size or linear.in_features)
+        return PackedLinear(linear, self._bits, self._group_size or part_of(linear).num_inputs)
 
 
 class IntLinear(StoredLinear):
@@ -62,8 +63,8 @@ class IntLinear(StoredLinear):
 
     def __init__(self, linear: torch.nn.Linear, *, per_channel: bool) -> None:
         super().__init__(linear)
-        self._expect("weight", (self.out_features, self.in_features), torch.int8)
-        self._expect("weight_scale", (self.out_features, 1) if per_channel else (1,), torch.float32)
+        self._expect("weight", torch.int8, Axis("outputs"), Axis("inputs"))
+        self._expect("weight_scale", torch.float32, *((Axis("outputs"), 1) if per_channel else (1,)))
 
     def finished(self) -> CodedLinear:
         layer = CodedLinear(self.in_features, self.out_features, self.bias, code=Code.INT8, group_size=self.in_features)
@@ -76,11 +77,14 @@ class PackedLinear(StoredLinear):
 
     def __init__(self, linear: torch.nn.Linear, bits: int, group_size: int) -> None:
         super().__init__(linear)
-        self._bits, self._group_size = bits, group_size
-        self._expect("weight_packed", (self.out_features, self.in_features * bits // 32), torch.int32)
-        self._expect("weight_scale", (self.out_features, self.in_features // group_size), torch.float32)
-        self._expect("weight_shape", (2,), torch.int64)
+        self._bits, self._words, self._groups = bits, Axis("inputs", 32 // bits), Axis("inputs", group_size)
+        self._expect("weight_packed", torch.int32, Axis("outputs"), self._words)
+        self._expect("weight_scale", torch.float32, Axis("outputs"), self._groups)
+        self._expect("weight_shape", torch.int64, 2)
 
     def finished(self) -> CodedLinear:
-        codes = unpack_words(self.weight_packed, self._bits)
-        return coded_layer(self, codes, None, self.weight_scale, self._bits, self._group_size)
+        codes = self.part.held(unpack_words(self.weight_packed, self._bits), 1, self._words)
+        size = self.part.group_size(self._groups.per)
+        return coded_layer(
+            self, codes, None, self.part.by_group(self.weight_scale, 1, self._groups, size), self._bits, size
+        )

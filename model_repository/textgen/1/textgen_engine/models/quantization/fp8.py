@@ -9,6 +9,7 @@ import torch
 from textgen_engine.errors import ModelLoadError
 from textgen_engine.models.quantization.linear import Code, CodedLinear
 from textgen_engine.models.quantization.method import LoadMethod, StoredLinear, StoredMethod
+from textgen_engine.models.quantization.part import Axis
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
@@ -54,33 +55,25 @@ class Fp8Linear(StoredLinear):
     def __init__(self, linear: torch.nn.Linear, scales_name: str, block: list[int] | str | None) -> None:
         super().__init__(linear)
         self._scales_name, self._block = scales_name, block
-        self._expect("weight", (self.out_features, self.in_features), torch.float8_e4m3fn)
+        self._expect("weight", torch.float8_e4m3fn, Axis("outputs"), Axis("inputs"))
         if block is None:
-            shape: tuple[int, ...] = ()
+            axes: tuple[Axis | int, ...] = ()
         elif block == "channel":
-            shape = (self.out_features, 1)
+            axes = (Axis("outputs"), 1)
         elif block == "tensor":
-            shape = (1,)
+            axes = (1,)
         else:
-            shape = (-(-self.out_features // int(block[0])), -(-self.in_features // int(block[1])))
-        self._expect(scales_name, shape, torch.float32)
+            axes = (Axis("outputs", int(block[0])), Axis("inputs", int(block[1])))
+        self._expect(scales_name, torch.float32, *axes)
 
     def finished(self) -> CodedLinear:
         scales = getattr(self, self._scales_name).float()
         group = self.in_features
         if isinstance(self._block, list):
-            rows, columns = self._block
-            scales = scales.repeat_interleave(rows, dim=0)[: self.out_features]
-            if self.in_features % columns == 0:
-                group = columns
-            else:  # a last, narrower block
-                group = _common_divisor(self.in_features, columns)
-                scales = scales.repeat_interleave(columns // group, dim=1)[:, : self.in_features // group]
+            rows, columns = (int(size) for size in self._block)
+            group = self.part.group_size(columns)  # less than a block where a part, or the last block, is cut off
+            scales = self.part.by_group(
+                scales[self.part.places(Axis("outputs", rows))], 1, Axis("inputs", columns), group
+            )
         layer = CodedLinear(self.in_features, self.out_features, self.bias, code=Code.FLOAT8, group_size=group)
         return layer.fill(self.weight, scales.expand(self.out_features, self.in_features // group))
-
-
-def _common_divisor(first: int, second: int) -> int:
-    while second:
-        first, second = second, first % second
-    return first

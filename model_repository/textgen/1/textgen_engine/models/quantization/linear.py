@@ -58,7 +58,8 @@ class CodedLinear(QuantizedLinear):
     """Weights as codes. weight: uint8 [out_features, in_features / 2] (half bytes), else [out_features, in_features] of
     int8 or float8_e4m3fn. A weight is table[code] * scale + offset (without a table, the code itself), with scales and
     offsets float32 [out_features, groups], each group being in_features / groups neighbouring inputs, in the order of
-    `order` [in_features], if there is one.
+    `order` [in_features], if there is one. The order may be longer and name the input in_features, which is none: gaps
+    in the codes, so that all groups are of one size.
     """
 
     weight: torch.Tensor
@@ -75,7 +76,6 @@ class CodedLinear(QuantizedLinear):
         table: torch.Tensor | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias)
-        assert in_features % group_size == 0
         self.code, self.group_size, self.table = code, group_size, table
         self.offsets: torch.Tensor | None = None
         self.order: torch.Tensor | None = None
@@ -107,11 +107,13 @@ class CodedLinear(QuantizedLinear):
         groups = values.float().view(values.shape[0], -1, self.group_size) * self.scales[begin:end, :, None]
         if self.offsets is not None:
             groups = groups + self.offsets[begin:end, :, None]
-        return groups.view(values.shape[0], self.in_features)
+        return groups.view(values.shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
         if self.order is not None:
+            if len(self.order) > self.in_features:
+                rows = functional.pad(rows, (0, 1))
             rows = rows.index_select(1, self.order)
         if self._is_compiled_for(rows):
             assert self.kernels is not None

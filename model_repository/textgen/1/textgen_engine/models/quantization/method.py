@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 
 from textgen_engine.models.quantization.linear import QuantizedLinear
+from textgen_engine.models.quantization.part import Axis, part_of
+from textgen_engine.parallel.split import Slice
 
 
 class Method(ABC):
@@ -42,17 +44,29 @@ class StoredMethod(Method):
 
 
 class StoredLinear(torch.nn.Module):
-    """Receives a layer's tensors under the names and in the shapes of its checkpoint; then becomes the layer itself."""
+    """Receives a layer's tensors under the names and in the shapes of its checkpoint; then becomes the layer itself.
+
+    part: what is held of the layer. slices: what is read of each of its tensors, of those that are not read whole.
+    """
 
     bias: torch.nn.Parameter | None
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.part = part_of(linear)
+        self.slices: dict[str, Slice] = {}
         self.bias = linear.bias
 
-    def _expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def _expect(self, name: str, dtype: torch.dtype, *axes: Axis | int) -> None:
+        """A tensor of this name, whose dimensions are of outputs or inputs, or of a size that nothing splits."""
+        shape = [axis if isinstance(axis, int) else self.part.length(axis) for axis in axes]
         self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+        for dim, axis in enumerate(axes):
+            part = None if isinstance(axis, int) else self.part.slice(dim, axis)
+            if part is not None:
+                assert name not in self.slices, "split by outputs and by inputs"
+                self.slices[name] = part
 
     def finished(self) -> QuantizedLinear:
         """The layer that runs, made of what was read."""
