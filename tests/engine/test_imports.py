@@ -33,6 +33,7 @@ LAYERS = [
         "host_memory",
         "suspects",
         "host_devices",
+        "transfer",
     },
     {
         "block_manager",

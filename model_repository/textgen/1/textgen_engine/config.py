@@ -123,6 +123,27 @@ OPTIONS: tuple[Option, ...] = (
         False,
         "serve a model that paged attention cannot serve, computing each text anew for every token",
     ),
+    # GPU: attention, graphs, overlap.
+    _own(
+        "attention",
+        str,
+        "auto",
+        "GPU: what attends; auto: the first that can serve the model (see docs/gpu.md)",
+        choices=("auto", "flash4", "flash3", "flash2", "torch", "paged", "sdpa"),
+    ),
+    _tgi(
+        "cuda_graphs",
+        str,
+        None,
+        "GPU: batch sizes captured as graphs, separated by commas; 0: none; default: 1, 2, 4, 8, 16, 24 and so on"
+        " up to max_batch_size",
+    ),
+    _own(
+        "overlap_steps",
+        bool,
+        None,
+        "launch a step before the last one is read back; default: on a GPU with one rank and no speculation",
+    ),
     # One model over several processes and hosts.
     _tgi("num_shard", int, None, "ranks the model is split over; default: all visible GPUs, 1 on CPU", minimum=1),
     _tgi("sharded", bool, None, "false: one rank; true: refuse to start with only one"),
@@ -312,6 +333,8 @@ class ModelConfig:
     batch_invariant: bool = False
     dense_fallback: bool = False
     num_threads: int | None = None
+    attention: str = "auto"
+    graph_sizes: tuple[int, ...] = ()  # GPU: numbers of decodes for which a step is captured; none: every step is eager
 
 
 @dataclass(frozen=True)
@@ -355,6 +378,7 @@ class SchedulerConfig:
     priority_ageing_s: float = 10.0
     max_step_stretch: float = 1.0
     num_guesses: int = 0  # tokens guessed ahead per sequence; 0: none
+    overlap_steps: bool = False  # a step is launched before the last one is read back
 
 
 @dataclass(frozen=True)
@@ -469,6 +493,31 @@ class EngineConfig:
     log_prompts: bool = False
 
 
+def _overlaps(values: Mapping[str, Any], parallel: ParallelConfig, *, has_gpu: bool) -> bool:
+    possible = parallel.world_size == 1 and not values["speculate"]
+    if values["overlap_steps"] is None:
+        return has_gpu and possible
+    if values["overlap_steps"] and not possible:
+        raise ConfigError("TEXTGEN_OVERLAP_STEPS needs NUM_SHARD=1 and SPECULATE=0: both wait for each step's tokens")
+    return bool(values["overlap_steps"])
+
+
+def _graph_sizes(given: str | None, max_sequences: int) -> tuple[int, ...]:
+    """The batch sizes to capture, ascending, none larger than a step can be."""
+    if given is None:
+        sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)]
+        return tuple(size for size in sizes if size < max_sequences) + (
+            (max_sequences,) if max_sequences <= 512 else ()
+        )
+    try:
+        wanted = sorted({int(part) for part in given.split(",")})
+    except ValueError:
+        wanted = [-1]
+    if wanted[0] < 0:
+        raise ConfigError(f"CUDA_GRAPHS must be batch sizes separated by commas, or 0; given: {given!r}")
+    return tuple(size for size in wanted if 0 < size <= max_sequences)
+
+
 def build_config(
     parameters: Mapping[str, str], environ: Mapping[str, str], *, has_gpu: bool = False, num_gpus: int | None = None
 ) -> EngineConfig:
@@ -520,6 +569,8 @@ def build_config(
             batch_invariant=values["batch_invariant"],
             dense_fallback=values["dense_fallback"],
             num_threads=values["num_threads"],
+            attention=values["attention"],
+            graph_sizes=_graph_sizes(values["cuda_graphs"], max_sequences) if has_gpu else (),
         ),
         parallel=parallel,
         cache=CacheConfig(
@@ -538,6 +589,7 @@ def build_config(
             priority_ageing_s=values["priority_ageing_s"],
             max_step_stretch=values["max_step_stretch"],
             num_guesses=values["speculate"],
+            overlap_steps=_overlaps(values, parallel, has_gpu=has_gpu),
         ),
         limits=LimitsConfig(
             max_concurrent_requests=values["max_concurrent_requests"],

@@ -70,6 +70,7 @@ class AttentionMetadata:
     block_tables: int64 [num_sequences, max_blocks], rows padded with 0.
     slot_blocks, slot_offsets: int64 [num_tokens], the block and the place in it where each token's K and V go.
     keys, values: the cache's tensors, one per layer.
+    device_seq_lens: seq_lens as int32 on the device, where they are a buffer of their own; None: not there yet.
     plan: what the backend's `prepare` worked out once for all layers.
     """
 
@@ -81,6 +82,7 @@ class AttentionMetadata:
     slot_offsets: torch.Tensor
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    device_seq_lens: torch.Tensor | None = None
     plan: object = None
 
 

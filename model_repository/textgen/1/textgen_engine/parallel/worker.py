@@ -19,6 +19,7 @@ import torch
 from textgen_engine.adapters.layers import AdapterLayers
 from textgen_engine.attention.base import AttentionBackend
 from textgen_engine.attention.compiled import CompiledBackend
+from textgen_engine.attention.flash import make_backend
 from textgen_engine.attention.invariant import InvariantBackend
 from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.config import CacheConfig, ModelConfig
@@ -62,6 +63,8 @@ def prepare(config: ModelConfig, shard: Shard | None, *, fused: bool = True) -> 
     backend: AttentionBackend
     if config.batch_invariant:
         backend = InvariantBackend()
+    elif config.device == "cuda":
+        backend = make_backend(torch.device(config.device), config.attention)
     else:
         backend = SdpaBackend() if kernels is None else CompiledBackend(kernels)
     return load_model(config, backend, kernels, shard, fused=fused), backend
