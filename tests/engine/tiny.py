@@ -208,6 +208,7 @@ def make_config(
     lora: LoraConfig | None = None,
     parallel: ParallelConfig | None = None,
     guesses: int = 0,
+    overlap: bool = False,
 ) -> EngineConfig:
     """A configuration for one thread on the CPU."""
     return EngineConfig(
@@ -223,7 +224,9 @@ def make_config(
         cache=CacheConfig(
             block_size=block_size, num_blocks=num_blocks, prefix_caching=prefix_caching, dtype=kv_cache_dtype
         ),
-        scheduler=SchedulerConfig(max_sequences, tokens_per_step, priority_ageing_s=ageing_s, num_guesses=guesses),
+        scheduler=SchedulerConfig(
+            max_sequences, tokens_per_step, priority_ageing_s=ageing_s, num_guesses=guesses, overlap_steps=overlap
+        ),
         limits=LimitsConfig(max_total_tokens=max_total_tokens),
         parallel=parallel or ParallelConfig(),
         supervision=SupervisionConfig(max_restarts, hang_timeout_s),

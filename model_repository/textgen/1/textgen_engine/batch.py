@@ -11,6 +11,7 @@ from textgen_engine.attention.base import AttentionMetadata
 from textgen_engine.kv_cache import KVCache
 from textgen_engine.scheduler import ScheduledBatch, ScheduledSequence
 from textgen_engine.sequence import Sequence
+from textgen_engine.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,15 @@ class StepLists:
     input_ids: list[int]
     logits_rows: list[int]
     block_tables: list[list[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class PendingTokens:
+    """Tokens that are on the device alone: of each sequence that a launched step samples, its row in token_ids, int64
+    [num_rows]."""
+
+    rows: dict[Sequence, int]
+    token_ids: torch.Tensor
 
 
 @dataclass
@@ -47,8 +57,13 @@ class BatchInputs:
     lists: StepLists | None = None
 
 
-def build_inputs(batch: ScheduledBatch, cache: KVCache, device: torch.device) -> BatchInputs:
-    """Flatten the batch: decodes first, in the order given, then chunks. Mutates nothing.
+def build_inputs(
+    batch: ScheduledBatch, cache: KVCache, device: torch.device, pending: PendingTokens | None = None
+) -> BatchInputs:
+    """Flatten the batch: decodes first, in the order given, then chunks. Mutates nothing, waits for nothing.
+
+    pending: where the tokens are that the host does not know yet (Sequence.num_pending); they go from there into the
+    input ids on the device.
 
     A guessed token is a decode of its own: one row, one token further than the row before it. Every layer stores the
     keys and values of all rows before any row attends, so it sees the guesses it stands behind and no others.
@@ -62,9 +77,14 @@ def build_inputs(batch: ScheduledBatch, cache: KVCache, device: torch.device) ->
     slot_blocks: list[int] = []
     last_row: list[int] = []
     spans: list[tuple[ScheduledSequence, int, int]] = []  # what attention takes for a sequence: from, to
+    carried: list[tuple[int, int]] = []  # rows of input ids and of pending token ids
     for entry in entries:
         sequence, end = entry.sequence, entry.start + entry.num_tokens
         input_ids += sequence.token_ids[entry.start : end]
+        if end > len(sequence.token_ids):
+            assert pending is not None
+            carried.append((len(input_ids), pending.rows[sequence]))
+            input_ids.append(0)
         last_row.append(len(input_ids) - 1)
         spans.append((entry, entry.start, end))
         input_ids += sequence.draft[: entry.num_guessed]
@@ -93,21 +113,26 @@ def build_inputs(batch: ScheduledBatch, cache: KVCache, device: torch.device) ->
         rows += range(row + 1, row + 1 + entry.num_guessed)
     logits_of = [(entry, 1) for entry, _ in sampled] + [(entry, entry.num_tokens) for entry, _ in scored]
     logits_of += [(entry, entry.num_guessed) for entry, _ in guessing]
-    positions_tensor = torch.tensor(positions, device=device)
+    positions_tensor = to_device(positions, device)
+    ids_tensor = to_device(input_ids, device)
+    if carried:
+        assert pending is not None
+        targets, sources = to_device(list(zip(*carried, strict=True)), device)
+        ids_tensor.index_copy_(0, targets, pending.token_ids.index_select(0, sources))
     return BatchInputs(
-        input_ids=torch.tensor(input_ids, device=device),
+        input_ids=ids_tensor,
         positions=positions_tensor,
         attention=AttentionMetadata(
             num_decodes=len(spans) - len(chunks),
             query_lens=[end - start for _, start, end in spans],
             seq_lens=[end for _, _, end in spans],
-            block_tables=torch.tensor(block_tables, device=device),
-            slot_blocks=torch.tensor(slot_blocks, device=device),
+            block_tables=to_device(block_tables, device),
+            slot_blocks=to_device(slot_blocks, device),
             slot_offsets=positions_tensor % block_size,
             keys=cache.keys,
             values=cache.values,
         ),
-        logits_rows=torch.tensor(rows, dtype=torch.int64, device=device),
+        logits_rows=to_device(rows, device, torch.int64),
         sampled=[entry for entry, _ in sampled],
         prompt_scored=[entry for entry, _ in scored],
         guessed_rows=guessed_rows,

@@ -106,10 +106,12 @@ class BlockManager:
         return copies
 
     def register(self, sequence: Sequence) -> None:
-        """Make the sequence's full, computed blocks findable. Call when a step's results are in."""
+        """Make the sequence's full, computed blocks findable, as far as their tokens are known. Call when a step's
+        results are in."""
         if not self.prefix_caching:
             return
-        while (sequence.num_registered_blocks + 1) * self.block_size <= sequence.num_computed:
+        num_known = min(sequence.num_computed, len(sequence.token_ids))
+        while (sequence.num_registered_blocks + 1) * self.block_size <= num_known:
             index = sequence.num_registered_blocks
             block = sequence.block_table[index]
             key = self._hash(sequence, index)

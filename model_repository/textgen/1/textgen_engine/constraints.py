@@ -25,6 +25,7 @@ from textgen_engine.grammar.check import GrammarVerdict, TextSplitter, check_tex
 from textgen_engine.request import GenerationRequest
 from textgen_engine.sampling.sampler import GrammarRows
 from textgen_engine.sequence import Sequence
+from textgen_engine.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +192,10 @@ class Constraints:
             return Accepted(error=EngineFailure(f"the grammar refused its own forced token {token_id}"))
         return Accepted(is_complete=walk.matcher.is_complete())
 
+    def binds(self, sequence: Sequence) -> bool:
+        """Whether the sequence walks a grammar: its next mask is made from its tokens so far."""
+        return sequence in self._walks
+
     # ---- masks -------------------------------------------------------------------------------------------------
 
     def start_masks(self, sequences: list[Sequence]) -> PendingMasks | None:
@@ -236,7 +241,7 @@ class PendingMasks:
         place = {sequence: index for index, sequence in enumerate(self.sequences)}
         rows = [row for row, origin in enumerate(origins) if origin in place]
         chosen = bits[[place[origins[row]] for row in rows]]
-        return GrammarRows(torch.tensor(rows, device=device), torch.from_numpy(chosen).to(device))
+        return GrammarRows(to_device(rows, device, torch.int64), to_device(torch.from_numpy(chosen), device))
 
     def settle(self) -> None:
         """Wait until no matcher is in use any more; for a step that failed."""

@@ -20,7 +20,7 @@ import torch
 from textgen_engine.adapters.layers import AdapterLayers
 from textgen_engine.adapters.registry import AdapterPlaces, AdapterRegistry
 from textgen_engine.adapters.spec import AdapterHandle
-from textgen_engine.batch import BatchInputs, build_inputs
+from textgen_engine.batch import BatchInputs, PendingTokens, build_inputs
 from textgen_engine.block_manager import BlockManager
 from textgen_engine.config import EngineConfig
 from textgen_engine.constraints import Accepted, Constraints, PendingMasks, as_engine_error
@@ -52,6 +52,7 @@ from textgen_engine.sampling.sampler import PromptLogprobs, SampledTokens, Sampl
 from textgen_engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
 from textgen_engine.sequence import Sequence, SequenceStatus
 from textgen_engine.speculation import Speculator
+from textgen_engine.transfer import HostCopy, to_device
 from textgen_engine.warmup import measure_largest_step
 
 logger = logging.getLogger(__name__)
@@ -101,10 +102,12 @@ class _LiveRequest:
 
 @dataclass(slots=True)
 class _Round:
-    """One call of the sampler: the token of each of some sequences. errors: what ends a sequence instead."""
+    """One call of the sampler: the token of each of some sequences. copy: `tokens` on their way to the host. errors:
+    what ends a sequence instead."""
 
     sequences: list[Sequence]
     tokens: SampledTokens
+    copy: HostCopy[SampledTokens]
     errors: dict[Sequence, EngineError]
 
 
@@ -113,12 +116,14 @@ class _Launched:
     """A step whose work is on the device since launched_s: what `_collect` needs to read it back.
 
     first: None where nothing is sampled. guesses: of each sequence that verifies some, where the logits rows behind
-    them begin, and the guessed tokens.
+    them begin, and the guessed tokens. prepare_s: from the step's begin to launched_s.
     """
 
+    batch: ScheduledBatch
     first: _Round | None
-    scored: list[tuple[ScheduledSequence, PromptLogprobs]]
+    scored: list[tuple[ScheduledSequence, HostCopy[PromptLogprobs]]]
     launched_s: float
+    prepare_s: float
     logits: torch.Tensor
     guesses: dict[Sequence, tuple[int, tuple[int, ...]]]
 
@@ -204,6 +209,9 @@ class Engine:
             on_checked=self._notify,
         )
         self._speculator = Speculator(config.scheduler.num_guesses)
+        self._overlaps = config.scheduler.overlap_steps
+        assert not (self._overlaps and (self._speculator.is_on or ranks is not None))
+        self._in_flight: _Launched | None = None  # launched by the last turn of the loop, not read back yet
         self._emit = emit
         self._live: dict[str, _LiveRequest] = {}
         self._choice_of: dict[Sequence, _Choice] = {}
@@ -274,50 +282,49 @@ class Engine:
         self._take_grammars(report)
         self._take_checks(report)
         self._serve_adapter_commands(report)
+        has_landed = self._land(report) if self._needs_tokens() else False
         self._any_held, completed = self._constraints.hold()
         for sequence in completed:
             self._complete(sequence, report)
         self._guess()
+        self._mark_ending()
         batch = self._scheduler.schedule()
         for sequence in batch.preempted:
             self._forget_sampler_state(sequence)
             sequence.draft = ()
         self._announce_started(batch)
-        if batch.entries:
+        if batch.entries and self._overlaps:
+            has_landed |= self._run_overlapped(batch, report)
+        elif batch.entries:
             self._run_batch(batch, report)
-        if batch.entries or report.outputs:
+        if not batch.entries or not self._live:
+            has_landed |= self._land(report)
+        if batch.entries or report.outputs or has_landed:
             step_s = time.monotonic() - now_s
             self._scheduler.observe(batch, step_s)
             self._measure(batch, report, step_s)
             self._emit(report)
-        return bool(batch.entries)
+        return bool(batch.entries) or has_landed
 
     def _run_batch(self, batch: ScheduledBatch, report: StepReport) -> None:
         """Run the step. One whose forward pass fails is tried again in halves, down to the sequences that fail alone:
         one poisonous request, or more than the memory takes at once, costs the neighbours nothing but time."""
-        has_copies = bool(batch.copies)
         try:
-            self._collect(self._launch(batch), report)
+            self._collect(self._launch(batch, report), report)
             return
         except (torch.AcceleratorError, RankFailure):
             raise  # the device or a rank is lost: no later step can succeed, so the process has to end
         except Exception as error:  # the one broad catch: the requests fail, the engine goes on
             reason = type(error).__name__
-            # Copied blocks may have been written over since, and what has advanced cannot be run again.
-            can_repeat = not has_copies and all(e.sequence.num_computed == e.start for e in batch.entries)
-            if can_repeat and len(batch.entries) > 1:
+            can_repeat = _can_repeat(batch) and len(batch.entries) > 1
+            if can_repeat:
                 logger.warning("a step of %d sequences failed: tried in halves", len(batch.entries), exc_info=True)
             else:
-                can_repeat = False
                 logger.exception("a step of %d sequences failed", len(batch.entries))
         # Out of the except clause, so that the traceback no longer keeps the failed step's tensors alive.
         self._runner.release_unused_memory()
         if not can_repeat:
-            assert report.metrics is not None
-            report.metrics.has_failed = True
-            failure = EngineFailure(f"the engine could not run a step ({reason})")
-            for request_id in {entry.sequence.request.request_id for entry in batch.entries}:
-                self._fail(request_id, failure, report)
+            self._fail_batch(batch, reason, report)
             return
         middle = len(batch.entries) // 2
         for entries in (batch.entries[:middle], batch.entries[middle:]):
@@ -326,6 +333,80 @@ class Engine:
             if half.entries:
                 self._run_batch(half, report)
 
+    def _fail_batch(self, batch: ScheduledBatch, reason: str, report: StepReport) -> None:
+        assert report.metrics is not None
+        report.metrics.has_failed = True
+        failure = EngineFailure(f"the engine could not run a step ({reason})")
+        for request_id in {entry.sequence.request.request_id for entry in batch.entries}:
+            self._fail(request_id, failure, report)
+
+    # ---- overlapped steps ------------------------------------------------------------------------------------
+    #
+    #     device  | step 1 ----------| step 2 ----------| step 3 ----------|
+    #     host    | launch 1, 2 | wait | read 1, launch 3 | wait | read 2, launch 4 | ...
+    #
+    # A sequence's token is pending from its sampling to its reading. The next step takes it on the device; what the
+    # host would have made of it comes one step late, so that a sequence that ends has a row in one step too many, whose
+    # token nobody takes. A grammar's next mask needs the token: before such a sequence's next step the last is read.
+
+    def _needs_tokens(self) -> bool:
+        """Whether the next step cannot be launched before the one in flight is read."""
+        first = None if self._in_flight is None else self._in_flight.first
+        return first is not None and any(self._constraints.binds(sequence) for sequence in first.sequences)
+
+    def _mark_ending(self) -> None:
+        """Spare those a row whose pending token is the last they may have; past it they may have no place either."""
+        first = None if self._in_flight is None else self._in_flight.first
+        for sequence in [] if first is None else first.sequences:
+            live = self._live.get(sequence.request.request_id)
+            sequence.ends_pending = live is not None and sequence.num_sampled >= live.max_new_tokens
+
+    def _run_overlapped(self, batch: ScheduledBatch, report: StepReport) -> bool:
+        """Launch the step, then read the one in flight, if there is one (which is what it returns)."""
+        launched = None
+        try:
+            launched = self._launch(batch, report)
+        except (torch.AcceleratorError, RankFailure):
+            raise
+        except Exception as error:
+            reason = type(error).__name__
+            logger.warning("a step of %d sequences failed: tried by itself", len(batch.entries), exc_info=True)
+        if launched is None:
+            self._runner.release_unused_memory()
+        has_landed = self._land(report)
+        if launched is not None:
+            self._in_flight = launched
+            return has_landed
+        if not _can_repeat(batch):
+            self._fail_batch(batch, reason, report)
+            return has_landed
+        rest = ScheduledBatch([entry for entry in batch.entries if entry.sequence in self._choice_of])
+        if rest.entries:
+            self._run_batch(rest, report)
+        return has_landed
+
+    def _land(self, report: StepReport) -> bool:
+        """Read the step in flight; False when there is none."""
+        launched, self._in_flight = self._in_flight, None
+        if launched is None:
+            return False
+        try:
+            self._collect(launched, report)
+        except (torch.AcceleratorError, RankFailure):
+            raise
+        except Exception as error:
+            logger.exception("a step of %d sequences failed", len(launched.batch.entries))
+            self._fail_batch(launched.batch, type(error).__name__, report)
+        return True
+
+    def _pending_tokens(self) -> PendingTokens | None:
+        first = None if self._in_flight is None else self._in_flight.first
+        if first is None:
+            return None
+        return PendingTokens({sequence: row for row, sequence in enumerate(first.sequences)}, first.tokens.token_ids)
+
+    # ---- one step --------------------------------------------------------------------------------------------
+
     def check_integrity(self) -> None:
         """Assert that no block, slot or record outlives its request."""
         self._scheduler.check_integrity()
@@ -333,9 +414,9 @@ class Engine:
             assert not self._choice_of and not self._sampler_slots and not self._scheduler.running
             assert not self._scheduler.waiting
 
-    def _launch(self, batch: ScheduledBatch) -> _Launched:
+    def _launch(self, batch: ScheduledBatch, report: StepReport) -> _Launched:
         """Put the step on the device: forward pass, then sampling. Reads nothing back."""
-        inputs = build_inputs(batch, self._runner.cache, self._runner.device)
+        inputs = build_inputs(batch, self._runner.cache, self._runner.device, self._pending_tokens())
         launched_s = time.monotonic()
         masks = self._constraints.start_masks([entry.sequence for entry in inputs.sampled])
         try:
@@ -350,13 +431,14 @@ class Engine:
         first = None
         if sequences:
             origins = [inputs.sampled[row].sequence for row in rows]
-            first = _Round(sequences, self._sample(logits, rows, sequences, origins, masks), errors)
+            first = self._sample(logits, rows, sequences, origins, masks, errors)
         guesses = {
             entry.sequence: (inputs.guessed_rows[entry.sequence], entry.sequence.draft[: entry.num_guessed])
             for entry in inputs.sampled
             if entry.num_guessed
         }
-        return _Launched(first, self._score_prompts(inputs, logits), launched_s, logits, guesses)
+        scored, prepare_s = self._score_prompts(inputs, logits), launched_s - report.time_s
+        return _Launched(batch, first, scored, launched_s, prepare_s, logits, guesses)
 
     def _sample(
         self,
@@ -365,16 +447,21 @@ class Engine:
         sequences: list[Sequence],
         origins: list[Sequence],
         masks: PendingMasks | None,
-    ) -> SampledTokens:
+        errors: dict[Sequence, EngineError],
+    ) -> _Round:
         """The next token of each sequence, from its row of the logits and under the mask of its origin."""
         for sequence in sequences:
             self._ensure_sampler_state(sequence)
-        return self._sampler.sample(
-            logits[torch.tensor(rows, device=logits.device)],
+        tokens = self._sampler.sample(
+            logits[to_device(rows, logits.device)],
             [self._sampler_slots[sequence] for sequence in sequences],
-            [sequence.num_output_tokens for sequence in sequences],
+            [sequence.num_sampled for sequence in sequences],
             None if masks is None else masks.rows(origins, logits.device),
         )
+        copy = HostCopy(tokens)
+        for sequence in sequences:
+            sequence.num_pending += 1
+        return _Round(sequences, tokens, copy, errors)
 
     def _rows_to_sample(
         self, entries: list[ScheduledSequence], errors: dict[Sequence, EngineError]
@@ -414,7 +501,7 @@ class Engine:
 
     def _score_prompts(
         self, inputs: BatchInputs, logits: torch.Tensor
-    ) -> list[tuple[ScheduledSequence, PromptLogprobs]]:
+    ) -> list[tuple[ScheduledSequence, HostCopy[PromptLogprobs]]]:
         scored = []
         row = len(inputs.sampled)
         for entry in inputs.prompt_scored:
@@ -423,10 +510,10 @@ class Engine:
             if targets:
                 scores = prompt_logprobs(
                     logits[row : row + len(targets)],
-                    torch.tensor(targets, device=logits.device),
+                    to_device(targets, logits.device),
                     sequence.request.output.top_n_tokens,
                 )
-                scored.append((entry, scores))
+                scored.append((entry, HostCopy(scores)))
             row += entry.num_tokens
         return scored
 
@@ -435,17 +522,18 @@ class Engine:
         metrics = report.metrics
         assert metrics is not None
         for entry, scores in launched.scored:
-            self._note_prompt_scores(entry, scores)
+            if entry.sequence in self._choice_of:  # else it has ended since the step was launched
+                self._note_prompt_scores(entry, scores.read())
         if not metrics.forward_s:  # not a later half of a step that failed as a whole
-            metrics.prepare_s = launched.launched_s - report.time_s
+            metrics.prepare_s = launched.prepare_s
         sampled, outputs = launched.first, dict[Sequence, TokenOutput]()
-        token_ids = [] if sampled is None else sampled.tokens.token_ids.tolist()
+        token_ids = [] if sampled is None else sampled.copy.read().token_ids.tolist()
         report.time_s = now_s = time.monotonic()
         metrics.forward_s += now_s - launched.launched_s
         while sampled is not None:
             outputs = self._take_tokens(sampled, token_ids, outputs, launched, report)
             sampled = self._sample_behind_guesses(launched, outputs)
-            token_ids = [] if sampled is None else sampled.tokens.token_ids.tolist()
+            token_ids = [] if sampled is None else sampled.copy.read().token_ids.tolist()
         if launched.first is not None:
             metrics.decode_s += time.monotonic() - now_s
 
@@ -462,13 +550,16 @@ class Engine:
         outputs: those of the same sequences that earlier rounds began.
         """
         now_s = report.time_s
-        exhausted = None if sampled.tokens.exhausted is None else sampled.tokens.exhausted.tolist()
-        reader = _ScoreReader(sampled.tokens)
+        tokens = sampled.copy.read()
+        exhausted = None if tokens.exhausted is None else tokens.exhausted.tolist()
+        reader = _ScoreReader(tokens)
         incomplete: dict[Sequence, TokenOutput] = {}
         for row, (sequence, token_id) in enumerate(zip(sampled.sequences, token_ids, strict=True)):
+            sequence.num_pending -= 1
+            sequence.ends_pending = False
             choice = self._choice_of.get(sequence)
             if choice is None:
-                continue  # its request failed a moment ago, by another choice
+                continue  # it ended with the step before, or its request failed a moment ago, by another choice
             error: EngineError | None = sampled.errors.get(sequence)
             if error is None and exhausted is not None and exhausted[row]:
                 error = InvalidParameter("no token is left that bans, allowed tokens and grammar all permit")
@@ -531,7 +622,7 @@ class Engine:
         rows = [launched.guesses[sequence][0] + len(outputs[sequence].token_ids) - 1 for sequence in sequences]
         masks = self._constraints.start_masks(sequences)
         errors: dict[Sequence, EngineError] = {} if masks is None else dict(masks.errors())
-        return _Round(sequences, self._sample(launched.logits, rows, sequences, sequences, masks), errors)
+        return self._sample(launched.logits, rows, sequences, sequences, masks, errors)
 
     def _settle_guesses(
         self, choice: _Choice, output: TokenOutput, guessed: tuple[int, ...], report: StepReport
@@ -913,6 +1004,11 @@ class _ScoreReader:
         if not num or self._top_ids is None or self._top_logprobs is None:
             return []
         return list(zip(self._top_ids[row][:num], self._top_logprobs[row][:num], strict=True))
+
+
+def _can_repeat(batch: ScheduledBatch) -> bool:
+    """Copied blocks may have been written over since, and what has advanced cannot be run again."""
+    return not batch.copies and all(entry.sequence.num_computed == entry.start for entry in batch.entries)
 
 
 def choice_seed(seed: int | None, choice: int) -> int | None:

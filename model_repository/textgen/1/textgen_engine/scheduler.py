@@ -127,7 +127,7 @@ class Scheduler:
         """The next step; empty when nothing can run. Reserves blocks, preempts, admits."""
         batch = ScheduledBatch()
         budget = self._config.max_tokens_per_step
-        for sequence in [s for s in self.running if s.is_decoding and not s.is_held]:
+        for sequence in [s for s in self.running if s.is_decoding and s.may_run]:
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # preempted by a more urgent one a moment ago
             if budget > 0 and self._reserve_by_force(sequence, 1, batch):
@@ -191,7 +191,7 @@ class Scheduler:
 
     def _schedule_prefills(self, batch: ScheduledBatch, budget: int) -> int:
         """Continue prompts that were begun; returns the budget that is left for new ones."""
-        prefills = [s for s in self.running if not s.is_decoding and not s.is_held]
+        prefills = [s for s in self.running if not s.is_decoding and s.may_run]
         for index, sequence in enumerate(prefills):
             if sequence.status is not SequenceStatus.RUNNING or budget <= 0:
                 continue
@@ -215,7 +215,7 @@ class Scheduler:
         for sequence in list(self.waiting):
             if budget <= 0 or not self._free_slots or num_passed_over >= _MAX_PASSED_OVER:
                 return
-            if sequence.is_held:
+            if not sequence.may_run:
                 continue
             found = [] if sequence.request.output.prompt_logprobs else self._blocks.find_prefix(sequence)
             num_found = len(found) * self._blocks.block_size

@@ -30,6 +30,9 @@ class Sequence:
         token_ids  |---- prompt ----|---- output ----|
         computed   |=====================>           |   num_computed <= len(token_ids)
 
+    Behind them come `num_pending` tokens that a launched step has sampled but the host has not read yet; the device
+    has them, so the next step can compute them.
+
     A sequence can be sampled when the step computes its last known token. Preemption sets num_computed back to 0 and
     gives the blocks away; the tokens stay, so the sequence continues as if nothing had happened.
     """
@@ -39,6 +42,8 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed: int = 0
+    num_pending: int = 0  # (written by the engine)
+    ends_pending: bool = False  # the pending token is the last there will be (written by the engine)
     num_cached: int = 0  # prompt tokens found in the prefix cache when first admitted
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks of token_ids
@@ -64,11 +69,21 @@ class Sequence:
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
     @property
+    def num_sampled(self) -> int:
+        """Output tokens, pending ones included."""
+        return self.num_output_tokens + self.num_pending
+
+    @property
     def num_uncomputed(self) -> int:
         """Tokens the next steps must run through the model before a new one can be sampled."""
-        return len(self.token_ids) - self.num_computed
+        return len(self.token_ids) + self.num_pending - self.num_computed
 
     @property
     def is_decoding(self) -> bool:
         """True when one token is left to compute and it is an output token."""
-        return self.num_uncomputed == 1 and self.num_output_tokens > 0
+        return self.num_uncomputed == 1 and self.num_sampled > 0
+
+    @property
+    def may_run(self) -> bool:
+        """False while the next step has to do without it."""
+        return not (self.is_held or self.ends_pending)

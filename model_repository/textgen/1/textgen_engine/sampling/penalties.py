@@ -29,6 +29,7 @@ from textgen_engine.sampling import randomness
 from textgen_engine.sampling.params import SamplingParams
 from textgen_engine.sampling.rows import RowSet, SlotRows, valid_ids
 from textgen_engine.sampling.watermark import green_threshold
+from textgen_engine.transfer import to_device
 
 _ALWAYS = np.iinfo(np.int64).max
 _NO_TOKEN = -1  # in a tail: before the first token of the sequence
@@ -98,7 +99,7 @@ class _Additions:
         ended = positions[self.row_numbers] >= self.end_positions
         if not ended.any():
             return self.values
-        return self.values.masked_fill(torch.from_numpy(ended).to(self.values.device), 0.0)
+        return self.values.masked_fill(to_device(torch.from_numpy(ended), self.values.device), 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +207,7 @@ class Penalties:
 
         def column(rows: RowSet, read: Callable[[SamplingParams], float]) -> Tensor:
             values = [read(options[row].params) for row in rows.rows]
-            return torch.tensor(values, dtype=torch.float32, device=self._device)[:, None]
+            return to_device(values, self._device, torch.float32)[:, None]
 
         restricted = rows_where(lambda option: option.restricts)
         watermarked = rows_where(lambda option: option.params.watermark)
@@ -296,7 +297,7 @@ class Penalties:
             tail = self._tails.claim(slot)
             last = [*prompt_ids[-len(tail) :], *output_ids[-len(tail) :]][-len(tail) :]
             if last:
-                tail[len(tail) - len(last) :] = torch.tensor(last, dtype=torch.int64, device=self._device)
+                tail[len(tail) - len(last) :] = to_device(last, self._device, torch.int64)
 
     def _read_options(
         self, params: SamplingParams, suppressed_ids: Sequence[int], suppressed_until: int
@@ -326,9 +327,9 @@ class Penalties:
         ids = np.concatenate([option.addition_ids for option in options])
         values = np.concatenate([option.addition_values for option in options])
         return _Additions(
-            rows=torch.from_numpy(row_numbers).to(self._device),
-            ids=torch.from_numpy(ids).to(self._device),
-            values=torch.from_numpy(values).to(self._device),
+            rows=to_device(torch.from_numpy(row_numbers), self._device),
+            ids=to_device(torch.from_numpy(ids), self._device),
+            values=to_device(torch.from_numpy(values), self._device),
             row_numbers=row_numbers,
             end_positions=end_positions,
             last_end=int(temporary.max(initial=0)),
@@ -341,10 +342,10 @@ class Penalties:
         width = self._tails.tensor.shape[1]
         prefixes = [[_ANY_TOKEN] * (width - len(phrase) + 1) + list(phrase[:-1]) for _, phrase in entries]
         return _Phrases(
-            rows=torch.tensor([row for row, _ in entries], dtype=torch.int64, device=self._device),
+            rows=to_device([row for row, _ in entries], self._device, torch.int64),
             state=self._tails.index_of([slots[row] for row, _ in entries]),
-            prefixes=torch.tensor(prefixes, dtype=torch.int64, device=self._device),
-            last_ids=torch.tensor([phrase[-1] for _, phrase in entries], dtype=torch.int64, device=self._device),
+            prefixes=to_device(prefixes, self._device, torch.int64),
+            last_ids=to_device([phrase[-1] for _, phrase in entries], self._device, torch.int64),
         )
 
     def _forbid_phrases(self, logits: Tensor, phrases: _Phrases) -> None:

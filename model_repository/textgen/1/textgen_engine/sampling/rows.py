@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from textgen_engine.transfer import to_device
+
 
 class RowSet:
     """Some rows of a batch, in order. Free of charge when it holds all of them."""
 
     def __init__(self, rows: Sequence[int], num_rows: int, device: torch.device) -> None:
         self.rows = list(rows)
-        self.index = torch.tensor(self.rows, dtype=torch.int64, device=device)  # [n]
+        self.index = to_device(self.rows, device, torch.int64)  # [n]
         self._all = len(self.rows) == num_rows
 
     def __len__(self) -> int:
@@ -80,10 +82,10 @@ class SlotRows:
 
     def index_of(self, slots: Sequence[int]) -> Tensor:
         """Row numbers of `slots`, each of which has a row. -> [n] int64."""
-        return torch.tensor([self._row_of_slot[slot] for slot in slots], dtype=torch.int64, device=self.tensor.device)
+        return to_device([self._row_of_slot[slot] for slot in slots], self.tensor.device, torch.int64)
 
 
 def valid_ids(ids: Sequence[int], vocab_size: int, device: torch.device) -> Tensor:
     """The ids that the model can produce, as int64 on `device`; a tokenizer may know more ids than the model."""
     array = np.asarray(ids, dtype=np.int64).reshape(-1)
-    return torch.from_numpy(array[(array >= 0) & (array < vocab_size)]).to(device)
+    return to_device(torch.from_numpy(array[(array >= 0) & (array < vocab_size)]), device)

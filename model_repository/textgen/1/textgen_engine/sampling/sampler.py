@@ -43,6 +43,7 @@ from textgen_engine.sampling.masks import GrammarRows, MaskApplier
 from textgen_engine.sampling.params import SamplingParams
 from textgen_engine.sampling.penalties import Penalties, PenaltyPlan
 from textgen_engine.sampling.rows import RowSet
+from textgen_engine.transfer import to_device
 
 __all__ = ["GrammarRows", "PromptLogprobs", "SampledTokens", "Sampler", "prompt_logprobs"]
 
@@ -273,7 +274,7 @@ class Sampler:
         """One id per row of the edited logits. -> [num_rows] int64."""
         if not plan.sampled:
             return logits.argmax(-1)
-        keys = torch.from_numpy(randomness.row_keys(plan.stream_keys, positions)).to(self._device)  # [num_rows, 2]
+        keys = to_device(torch.from_numpy(randomness.row_keys(plan.stream_keys, positions)), self._device)  # [n, 2]
         token_ids = torch.empty(logits.shape[0], dtype=torch.int64, device=self._device)
         if plan.greedy:
             token_ids[plan.greedy.index] = plan.greedy.take(logits).argmax(-1)
