@@ -50,7 +50,7 @@ LAYERS = [
         "parallel.linear",
         "speculation",
     },
-    {"scheduler", "attention", "models", "batch", "model_runner", "constraints", "warmup", "parallel"},
+    {"scheduler", "attention", "models", "batch", "cuda_graphs", "model_runner", "constraints", "warmup", "parallel"},
     {"engine"},
     {"process"},
 ]

@@ -24,6 +24,7 @@ from textgen_engine.batch import BatchInputs, PendingTokens, build_inputs
 from textgen_engine.block_manager import BlockManager
 from textgen_engine.config import EngineConfig
 from textgen_engine.constraints import Accepted, Constraints, PendingMasks, as_engine_error
+from textgen_engine.cuda_graphs import CudaCapturer
 from textgen_engine.detokenizer import Detokenizer, TextStream
 from textgen_engine.errors import (
     Cancelled,
@@ -171,6 +172,8 @@ class Engine:
                 config.limits.max_top_n_tokens,
                 collectives,
             )
+            if config.model.graph_sizes:
+                step_bytes *= 2  # the graphs' pool holds a decode step of its own, which is no larger
             memory = [rank_memory(config.cache, loaded, step_bytes)]
             if collectives is not None:
                 collectives.send(ReportMemory(config.cache, step_bytes))
@@ -189,10 +192,14 @@ class Engine:
             block_size=config.cache.block_size,
             dtype=cache_dtype(config.cache, loaded.dtype),
             device=loaded.device,
+            has_scratch=bool(config.model.graph_sizes),
         )
         self._blocks = BlockManager(num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching)
         self._scheduler = Scheduler(config.scheduler, self._blocks)
         self._runner = ModelRunner(loaded, backend, cache, layers, collectives)
+        if config.model.graph_sizes:
+            capturer = CudaCapturer(loaded.device)
+            self._runner.capture_graphs(config.model.graph_sizes, self.info.max_total_tokens, capturer)
         assert loaded.tokenizer is not None
         self._tokenizer = loaded.tokenizer
         self._detokenizer = Detokenizer(loaded.tokenizer)
@@ -453,7 +460,7 @@ class Engine:
         for sequence in sequences:
             self._ensure_sampler_state(sequence)
         tokens = self._sampler.sample(
-            logits[to_device(rows, logits.device)],
+            logits if rows == list(range(len(logits))) else logits[to_device(rows, logits.device)],
             [self._sampler_slots[sequence] for sequence in sequences],
             [sequence.num_sampled for sequence in sequences],
             None if masks is None else masks.rows(origins, logits.device),

@@ -35,16 +35,27 @@ class KVCache:
     """`keys[layer]` and `values[layer]`: [num_blocks, num_kv_heads, block_size, head_dim or value_dim].
 
     The tensors are zeroed at once, so that their memory is really there before the first request comes.
+
+    has_scratch: they have one block more, scratch_block, for what is written and never read; no sequence owns it.
     """
 
     def __init__(
-        self, layers: list[LayerShape], *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: list[LayerShape],
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        has_scratch: bool = False,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.scratch_block = num_blocks if has_scratch else None
+        total = num_blocks + has_scratch
         try:
-            self.keys = [_zeros(num_blocks, s.num_kv_heads, block_size, s.head_dim, dtype, device) for s in layers]
-            self.values = [_zeros(num_blocks, s.num_kv_heads, block_size, s.value_dim, dtype, device) for s in layers]
+            self.keys = [_zeros(total, s.num_kv_heads, block_size, s.head_dim, dtype, device) for s in layers]
+            self.values = [_zeros(total, s.num_kv_heads, block_size, s.value_dim, dtype, device) for s in layers]
         except (RuntimeError, MemoryError) as error:
             size = num_blocks * block_size * sum(s.bytes_per_token(dtype) for s in layers)
             raise ModelLoadError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections import Counter
 from collections.abc import Iterable
@@ -11,14 +12,19 @@ import torch
 
 from textgen_engine.adapters.layers import AdapterLayers
 from textgen_engine.attention.base import AttentionBackend
+from textgen_engine.attention.flash import FlashBackend
 from textgen_engine.batch import BatchInputs
 from textgen_engine.config import CacheConfig
+from textgen_engine.cuda_graphs import Capturer, DecodeGraphs
 from textgen_engine.errors import ModelLoadError, RankFailure
 from textgen_engine.host_memory import available_bytes
 from textgen_engine.kv_cache import KVCache, cache_dtype
+from textgen_engine.models.dense import DenseFallback
 from textgen_engine.models.loader import LoadedModel
 from textgen_engine.parallel.group import Collectives
 from textgen_engine.parallel.steps import NewCache, encode_step
+
+logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -37,10 +43,24 @@ class ModelRunner:
         self._backend = backend
         self._adapters = adapters
         self._ranks = ranks
+        self._graphs: DecodeGraphs | None = None
         self.cache = cache
         self.device = loaded.device
         if ranks is not None and ranks.rank == 0:
             ranks.send(NewCache(cache.num_blocks, cache.block_size, cache.keys[0].dtype))
+
+    def capture_graphs(self, sizes: tuple[int, ...], max_seq_len: int, capturer: Capturer) -> None:
+        """Let decode steps of up to so many rows be replayed. A model that cannot be captured (its forward looks at
+        values on the host, say) runs step by step as before."""
+        if self._ranks is not None or isinstance(self._loaded.model, DenseFallback):
+            logger.info("no decode graphs: with ranks, or a model without a cache, steps are not captured")
+            return
+        try:
+            self._graphs = DecodeGraphs(self._decode_all, self.cache, sizes, max_seq_len, self.device, capturer)
+        except (RuntimeError, NotImplementedError) as error:
+            self._graphs = None
+            logger.warning("no decode graphs, every step is launched kernel by kernel: %s", error)
+            self.release_unused_memory()
 
     def forward(self, inputs: BatchInputs, copies: Iterable[tuple[int, int]]) -> torch.Tensor:
         """One step: copy blocks, store K and V, return float32 logits [num_rows, vocab] of inputs.logits_rows (on rank
@@ -61,6 +81,23 @@ class ModelRunner:
     @torch.inference_mode()
     def _forward(self, inputs: BatchInputs, copies: list[tuple[int, int]]) -> torch.Tensor:
         self.cache.copy_blocks(copies)
+        size = None if self._graphs is None else self._graphs.size_for(inputs)
+        if size is not None:
+            assert self._graphs is not None
+            logits = self._graphs.run(inputs, size)
+            in_order = inputs.lists is not None and inputs.lists.logits_rows == list(range(len(logits)))
+            return logits if in_order else logits[inputs.logits_rows]
+        return self._run_model(inputs)
+
+    @torch.inference_mode()
+    def _decode_all(self, inputs: BatchInputs) -> torch.Tensor:
+        """What a graph is captured of."""
+        logits = self._run_model(inputs)
+        if isinstance(self._backend, FlashBackend) and not self._backend.fits_graphs:
+            raise NotImplementedError("some of its layers attend in PyTorch's operations")
+        return logits
+
+    def _run_model(self, inputs: BatchInputs) -> torch.Tensor:
         self._backend.prepare(inputs.attention)
         takes_rows = self._loaded.takes_logits_rows
         if self._adapters is not None:

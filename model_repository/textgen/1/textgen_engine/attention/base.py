@@ -67,7 +67,7 @@ class AttentionMetadata:
 
     num_decodes: leading sequences with exactly one query row.
     query_lens, seq_lens: per sequence, tokens.
-    block_tables: int64 [num_sequences, max_blocks], rows padded with 0.
+    block_tables: int64 (int32 in a graph's buffers) [num_sequences, max_blocks], rows padded with 0.
     slot_blocks, slot_offsets: int64 [num_tokens], the block and the place in it where each token's K and V go.
     keys, values: the cache's tensors, one per layer.
     device_seq_lens: seq_lens as int32 on the device, where they are a buffer of their own; None: not there yet.

@@ -106,6 +106,11 @@ class FlashBackend(AttentionBackend):
             logger.info("%s", choice)
         return choice
 
+    @property
+    def fits_graphs(self) -> bool:
+        """Whether decodes of all layers seen so far can be captured."""
+        return all(choice.fits_graphs for choice in self._choices.values())
+
     def prepare(self, metadata: AttentionMetadata) -> None:
         device, num_decodes = metadata.block_tables.device, metadata.num_decodes
         query_lens, seq_lens = metadata.query_lens, metadata.seq_lens

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from textgen_engine.attention import bridge
 from textgen_engine.attention.base import AttentionBackend
+from textgen_engine.attention.flash import FlashBackend
 from textgen_engine.config import ModelConfig
 from textgen_engine.errors import ModelLoadError
 from textgen_engine.host_memory import available_bytes
@@ -27,6 +28,7 @@ from textgen_engine.models.dense import DENSE_LAYERS, DenseFallback
 from textgen_engine.models.dense import MAX_POSITIONS as DENSE_POSITIONS
 from textgen_engine.models.families import PREPARATIONS
 from textgen_engine.models.fusion import fuse_layers
+from textgen_engine.models.gpu_layers import fuse_gpu_layers, triton_kernels
 from textgen_engine.models.quantization.hooks import QuantizationHooks, checkpoint_settings, choose_method
 from textgen_engine.models.quantization.linear import IntegerLinear
 from textgen_engine.models.sharded_reading import PartHooks
@@ -178,6 +180,8 @@ def load_model(
     else:
         if device.type == "cpu":
             _prepare_for_cpu(model, config, kernels, needs, fused=fused)
+        elif fused and shard is None and isinstance(backend, FlashBackend):
+            fuse_gpu_layers(model, backend, triton_kernels(), needs.scorings)
         if expected is not None:
             check_results(model, backend, layers, expected, dtype, rounds_activations=_rounds_activations(model))
     return LoadedModel(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from textgen_engine.kernels.sampling import sampling_kernels
+
 
 @dataclass(frozen=True, slots=True)
 class GrammarRows:
@@ -27,6 +29,7 @@ class MaskApplier:
         byte_bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1  # [256, 8]
         self._addends = torch.where(byte_bits == 1, 0.0, -torch.inf).to(torch.float32).to(device)
         self._device = device
+        self._kernels = sampling_kernels(device)
 
     def apply(self, logits: Tensor, mask: GrammarRows) -> None:
         """Add 0 or -inf to the rows that have a mask. logits: [num_rows, vocab_size] float32, edited in place."""
@@ -34,6 +37,9 @@ class MaskApplier:
             return
         num_masked, vocab_size = mask.row_ids.shape[0], logits.shape[1]
         rows = mask.row_ids.to(self._device)
+        if self._kernels is not None:
+            self._kernels.apply_bitmask(logits, rows, mask.bits.to(self._device))
+            return
         packed = mask.bits[:, : -(-vocab_size // 32)].to(self._device).contiguous()
         octets = packed.view(torch.uint8).to(torch.int32)  # little-endian hosts and devices: byte order is bit order
         addends = self._addends.index_select(0, octets.view(-1)).view(num_masked, -1)[:, :vocab_size]

@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from textgen_engine.kernels.sampling import sampling_kernels
 from textgen_engine.sampling import randomness
 from textgen_engine.sampling.filters import (
     Filters,
@@ -140,6 +141,7 @@ class Sampler:
             id_hashes=self._id_hashes,
         )
         self._masks = MaskApplier(device)
+        self._kernels = sampling_kernels(device)
         self._slots: dict[int, _Slot] = {}
         self._plan: _Plan | None = None
 
@@ -289,8 +291,11 @@ class Sampler:
     def _choose_free(self, logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
         """A race over the whole vocabulary: sifted in float32, decided in float64. [n, vocab] -> [n]."""
         top = largest_finite(logits)
-        scores = randomness.gumbel_noise(randomness.noise_bits(self._id_hashes, keys), torch.float32)
-        scores += torch.sub(logits, top).div_(temperature.to(torch.float32))
+        if self._kernels is not None:
+            scores = self._kernels.race_scores(logits, temperature, self._id_hashes, keys)
+        else:
+            scores = randomness.gumbel_noise(randomness.noise_bits(self._id_hashes, keys), torch.float32)
+            scores += torch.sub(logits, top).div_(temperature.to(torch.float32))
         ids = scores.topk(min(_NUM_FINALISTS, self._vocab_size), dim=-1).indices  # [n, finalists]
         scaled = (logits.gather(1, ids).to(torch.float64) - top.to(torch.float64)) / temperature
         return self._race(ids, scaled, keys)
