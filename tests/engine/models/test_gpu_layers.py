@@ -97,7 +97,7 @@ def test_without_kernels_nothing_is_replaced(models: Callable[..., torch.nn.Modu
     assert fuse_gpu_layers(model, flash(), None, needs.scorings) == 0
 
 
-@pytest.mark.parametrize("family", sorted({"gemma2", "gpt_oss", "bloom", "mpt", "llama4", "deepseek_v3", "gpt2"}))
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "bloom", "llama4", "deepseek_v3"])
 def test_every_scoring_through_the_gpu_backend(checkpoint: Callable[[str], Path], family: str) -> None:
     """Soft caps, sinks, ALiBi, chunks, values narrower than keys: load_model compares with transformers' logits."""
     assert family in FAMILIES

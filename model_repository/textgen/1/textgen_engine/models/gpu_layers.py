@@ -122,7 +122,8 @@ class FusedGpuLayer(torch.nn.Module):
         normed, h = self._kernels.rms_norm(
             self.output(attended.view(x.shape[0], -1)), self.mlp_norm, self.mlp_epsilon, residual=x
         )
-        return (h + self.down(self._kernels.gated(self.gate_up(normed))))[None]
+        output: torch.Tensor = h + self.down(self._kernels.gated(self.gate_up(normed)))
+        return output[None]
 
 
 _GATED_LAYER = {
@@ -139,7 +140,7 @@ def fuse_gpu_layers(
     """Replace what matches, in this model alone; returns how many layers, and logs one line."""
     num_fused, num_differing = 0, 0
     for layers in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate[Any](layers):
             if kernels is None or not FusedGpuLayer.matches(layer) or hasattr(layer, STEP_ATTRIBUTE):
                 continue
             if _computes_the_same(layer, backend, kernels, scorings):
