@@ -3,16 +3,20 @@ the end of a drained gateway, statuses for failures that a healthy server does n
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Iterator
+from http import server as http_server
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import trustme
 
@@ -285,7 +289,7 @@ def test_48_a_drained_gateway_finishes_its_streams(triton: FakeTriton, tmp_path:
         assert gateway.process.wait(5) == 0
 
 
-def test_tls_and_workers(triton: FakeTriton, tmp_path: Any) -> None:
+def test_tls(triton: FakeTriton, tmp_path: Any) -> None:
     authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1")
     key, chain = tmp_path / "key.pem", tmp_path / "chain.pem"
@@ -293,11 +297,87 @@ def test_tls_and_workers(triton: FakeTriton, tmp_path: Any) -> None:
     chain.write_bytes(b"".join(blob.bytes() for blob in certificate.cert_chain_pems))
     context = ssl.create_default_context()
     authority.configure_trust(context)
-    arguments = ["--tls-key", str(key), "--tls-certificate", str(chain), "--workers", "2"]
+    arguments = ["--tls-key", str(key), "--tls-certificate", str(chain)]
     with running_gateway(tmp_path, triton.url, "http://127.0.0.1:1", *arguments) as gateway:
         assert httpx.get(gateway.url + "/info", verify=context, timeout=20).status_code == 200
         gateway.process.send_signal(signal.SIGTERM)
         assert gateway.process.wait(20) == 0
+
+
+_PAGE = b'# TYPE tgi_request_count counter\ntgi_request_count{model="textgen"} 17\n'
+
+
+class _Metrics(http_server.BaseHTTPRequestHandler):
+    """Stands for Triton's metrics port."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(_PAGE)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def _ask_until(gateway: Gateway, num_workers: int, path: str = "/metrics") -> dict[int, set[bytes]]:
+    """What each worker answered, by process id: new connections until as many workers have answered one."""
+    answers: dict[str, bytes] = {}
+    deadline = time.monotonic() + 60
+    while True:
+        name = f"look-{path}-{len(answers)}".replace("/", ".")
+        answer = httpx.get(gateway.url + path, headers={"X-Request-Id": name}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        answers[name] = answer.content
+        workers = {line["request_id"]: line["worker"] for line in gateway.log_lines()}
+        found = {worker for name, worker in workers.items() if name in answers}
+        if len(found) >= num_workers:
+            break
+        assert time.monotonic() < deadline, found
+    return {worker: {answers[n] for n, w in workers.items() if w == worker and n in answers} for worker in found}
+
+
+def test_several_workers(triton: FakeTriton, tmp_path: Any) -> None:
+    """All of them serve, with the same numbers from Triton; one that is killed is replaced; at the end each finishes
+    what it streams."""
+    go_on = threading.Event()
+
+    def script(request: Any, call: Call) -> Iterator[Any]:
+        yield response(text_output="first ", finish_reason="None")
+        go_on.wait(60)
+        yield response(final=True, text_output="last", finish_reason="eos_token")
+
+    triton.script = script
+    with contextlib.ExitStack() as stack:
+        metrics = stack.enter_context(http_server.ThreadingHTTPServer(("127.0.0.1", 0), _Metrics))
+        threading.Thread(target=metrics.serve_forever, daemon=True).start()
+        stack.callback(metrics.shutdown)
+        page = f"http://127.0.0.1:{metrics.server_port}/metrics"
+        gateway = stack.enter_context(running_gateway(tmp_path, triton.url, page, "--workers", "2"))
+        answers = _ask_until(gateway, 2)
+        assert set(map(frozenset, answers.values())) == {frozenset({_PAGE})}
+        killed, _ = answers
+        assert gateway.process.pid not in answers
+        os.kill(killed, signal.SIGKILL)
+        psutil.wait_procs([psutil.Process(killed)] if psutil.pid_exists(killed) else [], timeout=60)
+        assert killed not in _ask_until(gateway, 2, "/v1/models")
+
+        client = stack.enter_context(httpx.Client(timeout=60))
+        asked = {"prompt": "a", "stream": True}
+        streams = [
+            stack.enter_context(client.stream("POST", gateway.url + "/v1/completions", json=asked)) for _ in range(8)
+        ]
+        lines = [stream.iter_lines() for stream in streams]
+        for stream in lines:
+            next(stream)
+        gateway.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        while _accepts(gateway.url):
+            assert time.monotonic() < deadline
+        go_on.set()
+        for stream in lines:
+            assert "data: [DONE]" in list(stream)
+        assert gateway.process.wait(60) == 0
 
 
 def test_keys_are_read_from_both_places(tmp_path: Any) -> None:

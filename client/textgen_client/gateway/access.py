@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import os
 import re
 import time
 import uuid
@@ -81,6 +82,7 @@ class AccessLog:
             line = {
                 "time": time.time(),
                 "request_id": scope.get("state", {}).get("request_id"),
+                "worker": os.getpid(),
                 "client": client[0] if client else None,
                 "method": scope["method"],
                 "path": scope["path"],

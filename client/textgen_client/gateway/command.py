@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 import uvicorn
 
+from textgen_client.gateway import workers as supervision
 from textgen_client.gateway.app import SETTINGS_VARIABLE, make_app
 from textgen_client.gateway.settings import GatewaySettings, read_api_keys
 
@@ -94,6 +95,7 @@ def serve(
         "ssl_certfile": tls_certificate,
         "ssl_keyfile": tls_key,
         "server_header": False,
+        "timeout_worker_healthcheck": supervision.SILENCE_S,
     }
     # uvicorn drains on SIGTERM and SIGINT, then sends itself the signal again; ending well is all that is left to do.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -102,7 +104,8 @@ def serve(
         uvicorn.run(make_app(settings), **options)  # type: ignore[arg-type]
     else:
         os.environ[SETTINGS_VARIABLE] = settings.model_dump_json()
-        uvicorn.run("textgen_client.gateway.app:make_worker_app", factory=True, workers=workers, **options)  # type: ignore[arg-type]
+        worker = "textgen_client.gateway.app:make_worker_app"
+        supervision.run(uvicorn.Config(worker, factory=True, workers=workers, **options))  # type: ignore[arg-type]
 
 
 _LOG = {
