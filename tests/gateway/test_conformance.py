@@ -18,6 +18,8 @@ import httpx
 import jsonschema
 import pytest
 
+from ..running_server import RunningServer
+from ..server.wire import wait_until, wait_until_idle
 from .conftest import ADAPTERS
 from .test_tgi_routes import PROMPT, events
 
@@ -200,6 +202,28 @@ def test_32_33_bad_and_new_grammars_disturb_nobody(http: httpx.Client) -> None:
     assert [event["token"]["id"] for event in beside] == [event["token"]["id"] for event in alone]
     assert beside[-1]["generated_text"] == alone[-1]["generated_text"]
     assert http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("route", ["/generate_stream", "/v1/completions"])
+def test_46_who_hangs_up_is_gone(http: httpx.Client, tiny_triton: RunningServer, route: str) -> None:
+    """After three tokens of very many: the slot is free again, and the end is counted as a cancellation. (The tiny model
+    needs a second for all of them; who is cut short for longer than that may find one complete.)"""
+    endless = {"max_new_tokens": 900, "ignore_eos_token": True}
+    asked = {"inputs": PROMPT, "parameters": endless}
+    if route != "/generate_stream":
+        asked = {"prompt": PROMPT, "max_tokens": 900, "ignore_eos_token": True, "stream": True}
+    wait_until_idle(tiny_triton)
+    cancelled = tiny_triton.metric("tgi_request_failure", err="cancelled")
+    generated = tiny_triton.metric("tgi_generated_tokens")
+    for _ in range(3):
+        with http.stream("POST", route, json=asked) as response:
+            lines = (line for line in response.iter_lines() if line)
+            assert len([next(lines) for _ in range(3)]) == 3
+    wait_until(
+        lambda: tiny_triton.metric("tgi_request_failure", err="cancelled") > cancelled, "a cancellation is counted"
+    )
+    wait_until_idle(tiny_triton)
+    assert tiny_triton.metric("tgi_generated_tokens") - generated < 3 * 900
 
 
 def test_44_adapters(http: httpx.Client) -> None:

@@ -188,9 +188,10 @@ def test_structured_output_with_a_pydantic_model(client: openai.OpenAI) -> None:
         ("required", {"light", "dim"}),
         ({"type": "function", "function": {"name": "dim"}}, {"dim"}),
         ("none", set()),
+        ("auto", {"light", "dim", None}),
         (None, {"light", "dim", None}),
     ],
-    ids=["required", "named", "none", "auto"],
+    ids=["required", "named", "none", "auto", "left out"],
 )
 def test_36_37_tools(client: openai.OpenAI, choice: Any, names: set[str | None]) -> None:
     """A call, or text, as chosen; and the same streamed: a name once, arguments in pieces."""

@@ -102,6 +102,7 @@ def test_22_the_stop_string_stays(http: httpx.Client) -> None:
         {"top_p": 0},
         {"top_p": -1},
         {"typical_p": 0},
+        {"typical_p": 1.1},
         {"top_k": 0},
         {"top_k": -1},
         {"repetition_penalty": 0},
@@ -112,6 +113,7 @@ def test_22_the_stop_string_stays(http: httpx.Client) -> None:
         {"stop": ["a", "b", "c", "d", "e"]},
         {"top_n_tokens": 6},
         {"truncate": 0},
+        {"truncate": 961},
         {"best_of": 2},
         {"best_of": 3, "do_sample": True},
         {"best_of": 2, "do_sample": True, "seed": 1},
@@ -130,8 +132,13 @@ def test_13_to_18_32_what_is_refused(http: httpx.Client, parameters: dict[str, A
     assert next(iter(parameters)) in answer.json()["error"] or "grammar" in parameters or "stop" in parameters
 
 
-def test_a_stream_carries_its_refusal_as_an_event(http: httpx.Client) -> None:
-    body = {"inputs": PROMPT, "parameters": {"decoder_input_details": True}}
+@pytest.mark.parametrize(
+    "parameters",
+    [{"decoder_input_details": True}, {"best_of": 2, "do_sample": True}],
+    ids=["20: prompt tokens", "13: best_of"],
+)
+def test_a_stream_carries_its_refusal_as_an_event(http: httpx.Client, parameters: dict[str, Any]) -> None:
+    body = {"inputs": PROMPT, "parameters": parameters}
     stream = http.post("/generate_stream", json=body)
     assert stream.status_code == 200
     (told,) = events(stream)
@@ -201,26 +208,41 @@ def test_the_chat_page_talks_to_a_real_server(gateway: Gateway) -> None:
         assert page.complaints() == []
 
 
-def test_50_metrics_count_requests(http: httpx.Client) -> None:
-    def count() -> float:
-        lines = http.get("/metrics").text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("tgi_request_count"))
+_COUNTED = (
+    "tgi_request_count", "tgi_request_success", "tgi_request_duration_count", "tgi_request_validation_duration_count",
+    "tgi_request_queue_duration_count", "tgi_request_inference_duration_count", "tgi_request_input_length_count",
+    "tgi_request_mean_time_per_token_duration_count", "tgi_request_generated_tokens_count",
+)  # fmt: skip
 
-    def settled() -> float:
+
+def _metrics(http: httpx.Client, *names: str) -> list[float]:
+    """The sums of the metrics' samples over all labels."""
+    lines = http.get("/metrics").text.splitlines()
+    return [
+        sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.partition("{")[0].partition(" ")[0] == name)
+        for name in names
+    ]
+
+
+def test_50_metrics_count_requests(http: httpx.Client) -> None:
+    names = (*_COUNTED, "tgi_request_generated_tokens_sum", "tgi_request_failure")
+
+    def settled() -> list[float]:
         """They are published once a while, so what was asked before may still be on its way."""
-        found, since_s = count(), time.monotonic()
+        found, since_s = _metrics(http, *names), time.monotonic()
         while time.monotonic() - since_s < 0.5:
             time.sleep(0.05)
-            if count() != found:
-                found, since_s = count(), time.monotonic()
+            if (now := _metrics(http, *names)) != found:
+                found, since_s = now, time.monotonic()
         return found
 
     page = http.get("/metrics").text
     assert all(f"# TYPE {name} " in page for name in FAMILIES)
     before = settled()
-    for _ in range(3):
-        generate(http, max_new_tokens=1)
-    assert settled() == before + 3
+    answers = [generate(http, max_new_tokens=1 + number % 3, details=True).json() for number in range(10)]
+    num_tokens = sum(answer["details"]["generated_tokens"] for answer in answers)
+    gained = [after - earlier for after, earlier in zip(settled(), before, strict=True)]
+    assert gained == [10] * len(_COUNTED) + [num_tokens, 0]
 
 
 def test_sagemaker_and_vertex(http: httpx.Client) -> None:
