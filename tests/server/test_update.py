@@ -21,16 +21,45 @@ if TYPE_CHECKING:
     from .conftest import Connect
 
 NUM_STREAMS = 4
+NUM_TOKENS = 600
 TEXT = "the quick brown fox"
 SHORT: dict[str, Any] = {
     "text_input": TEXT,
-    "sampling_parameters": {"max_new_tokens": 24, "ignore_eos_token": True},
+    "sampling_parameters": {"max_new_tokens": 8, "ignore_eos_token": True},
 }
 LONG: dict[str, Any] = {
     "text_input": TEXT,
     "stream": True,
-    "sampling_parameters": {"max_new_tokens": 25_000, "ignore_eos_token": True},
+    "return_finish_reason": True,
+    "sampling_parameters": {"max_new_tokens": NUM_TOKENS, "ignore_eos_token": True},
 }
+
+# Streams of the old version must still run when the new one serves, however long that takes, and then come to an end.
+# So a step takes a third of a second for as long as the file is there.
+_PACED_MODEL = """
+import os
+import time
+
+from transformers import LlamaForCausalLM
+
+
+class PacedForCausalLM(LlamaForCausalLM):
+    def forward(self, input_ids=None, **more):
+        if os.path.exists({pace!r}):
+            time.sleep(0.3)
+        return super().forward(input_ids=input_ids, **more)
+"""
+
+
+def _save_paced_checkpoint(folder: Path, pace: Path) -> Path:
+    """A tiny model that is slow while the file `pace` exists."""
+    save_checkpoint(folder, max_position_embeddings=MAX_TOTAL_TOKENS)
+    (folder / "modeling_paced.py").write_text(_PACED_MODEL.format(pace=str(pace)))
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_paced.PacedForCausalLM"}
+    config["architectures"] = ["PacedForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def _update(server: RunningServer, repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -39,18 +68,21 @@ def _update(server: RunningServer, repository: Path, *arguments: str) -> subproc
     return subprocess.run([*command, str(repository), *arguments], capture_output=True, text=True, timeout=240)
 
 
-def test_versions_change_without_a_gap(
-    start_server: StartServer, connect: Connect, tmp_path: Path, lasting_model: Path
-) -> None:
+def test_versions_change_without_a_gap(start_server: StartServer, connect: Connect, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     shutil.copytree(REPOSITORY_ROOT / "model_repository", repository, ignore=shutil.ignore_patterns("__pycache__"))
+    pace = tmp_path / "pace"
+    paced = _save_paced_checkpoint(tmp_path / "paced", pace)
     other = save_checkpoint(tmp_path / "other", seed=1, max_position_embeddings=MAX_TOTAL_TOKENS)
-    server = start_server("--model-repository", str(repository), **OPTIONS | {"MODEL_ID": str(lasting_model)})
+    options = OPTIONS | {"MODEL_ID": str(paced), "TRUST_REMOTE_CODE": "true"}
+    server = start_server("--model-repository", str(repository), **options)
     wire = connect(server)
     old_text = wire.ask(**SHORT).text
+    whole_text = wire.ask(**LONG).text
+    assert whole_text.startswith(old_text.rstrip("\ufffd"))  # half a character may end the short one
+    pace.touch()
     streams = [wire.open(**LONG) for _ in range(NUM_STREAMS)]
-    begun = ["".join(next(stream).text for _ in range(60)) for stream in streams]
-    assert all(text.startswith(old_text[:20]) for text in begun)
+    begun = ["".join(next(stream).text for _ in range(3)) for stream in streams]
 
     # Refused before anything is loaded.
     huge = shutil.copytree(other, tmp_path / "huge")
@@ -75,14 +107,19 @@ def test_versions_change_without_a_gap(
     assert new_text != old_text
     assert wire.ask(model="ensemble", **SHORT).text == new_text
     _wait_until(lambda: server.metric("tgi_engine_ready", version="2") == 1, "the new version is not ready")
+    assert server.metric("tgi_batch_current_size", version="1") == NUM_STREAMS
 
-    # The old streams still grow, with the old model's text, and end when they are told to.
-    whole = [text + "".join(next(stream).text for _ in range(100)) for text, stream in zip(begun, streams, strict=True)]
-    shared = min(map(len, whole))
-    assert len({text[:shared] for text in whole}) == 1
-    assert shared > len(begun[0])
-    for stream in streams:
-        stream.cancel()
+    # The old streams come to their own end with the old model's text, while others get the new one's.
+    endings = [wire.rest_soon(stream) for stream in streams]
+    pace.unlink()
+    while not all(ending.done() for ending in endings):
+        assert wire.ask(**SHORT).text == new_text
+    for beginning, ending in zip(begun, endings, strict=True):
+        outcome = ending.result()
+        assert (outcome.errors, outcome.broken) == ([], None)
+        assert beginning + outcome.text == whole_text
+        assert outcome.responses[-1].final and outcome.responses[-1].tensors["finish_reason"] == ["length"]
+        assert [response.final for response in outcome.responses].count(True) == 1
     _wait_until(lambda: not server.metric("tgi_engine_ready", version="1"), "the old version is not unloaded")
 
     back = _update(server, repository, "--rollback")
