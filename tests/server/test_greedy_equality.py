@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..running_server import REPOSITORY_ROOT, SERVER_ENVIRONMENT, RunningServer
-from .wire import wait_until, wait_until_idle
+from .wire import Wire, wait_until, wait_until_idle
 
 if TYPE_CHECKING:
     from .conftest import Connect
@@ -47,8 +50,6 @@ def cramped_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def prompts(model_dir: Path) -> list[list[int]]:
     """Twenty prompts as token ids: English of every length, and chats."""
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     text = (REPOSITORY_ROOT / "LICENSE").read_text().split("Definitions.")[1]
     ids: list[int] = tokenizer(text)["input_ids"]
@@ -66,20 +67,16 @@ def prompts(model_dir: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(model_dir: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """What transformers generates, one prompt at a time, in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def model(model_dir: Path) -> PreTrainedModel:
+    """The model as transformers runs it, in float32."""
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()  # type: ignore[no-any-return]
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    texts = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_NEW_TOKENS
-        )
-        texts.append(output[0, len(prompt) :].tolist())
-    return texts
+
+@pytest.fixture(scope="module")
+def alone(cramped_server: RunningServer, prompts: list[list[int]]) -> Iterator[list[list[int]]]:
+    """What the server generates for each prompt while it does nothing else."""
+    with contextlib.closing(Wire(cramped_server)) as wire:
+        yield [wire.ask(**_request(prompt)).token_ids for prompt in prompts]
 
 
 def _request(prompt: list[int]) -> dict[str, Any]:
@@ -87,21 +84,32 @@ def _request(prompt: list[int]) -> dict[str, Any]:
     return {"input_ids": prompt, "stream": True, "sampling_parameters": sampling}
 
 
-def test_alone(
-    cramped_server: RunningServer, connect: Connect, prompts: list[list[int]], expected: list[list[int]]
+def test_alone_it_is_what_generate_returns(
+    model: PreTrainedModel, prompts: list[list[int]], alone: list[list[int]]
 ) -> None:
-    wire = connect(cramped_server)
-    for prompt, tokens in zip(prompts, expected, strict=True):
-        assert wire.ask(**_request(prompt)).token_ids == tokens
+    """By transformers' `generate` for the short prompts; for all, by what it does, in one pass over prompt and text:
+    each token is the likeliest after those before it, up to the end of the sequence or of what was asked for."""
+    end = model.generation_config.eos_token_id
+    for prompt, tokens in zip(prompts, alone, strict=True):
+        assert end not in tokens[:-1]
+        assert len(tokens) == NUM_NEW_TOKENS or tokens[-1] == end
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + tokens[:-1]]), logits_to_keep=len(tokens)).logits[0]
+        assert logits.argmax(dim=-1).tolist() == tokens
+        if len(prompt) < 10:
+            ids = torch.tensor([prompt])
+            mask = torch.ones_like(ids)
+            output = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NUM_NEW_TOKENS)
+            assert output[0, len(prompt) :].tolist() == tokens
 
 
-def test_all_at_once_with_preemption(
-    cramped_server: RunningServer, connect: Connect, prompts: list[list[int]], expected: list[list[int]]
+def test_all_at_once_with_preemption_it_is_the_same(
+    cramped_server: RunningServer, connect: Connect, prompts: list[list[int]], alone: list[list[int]]
 ) -> None:
     wire = connect(cramped_server)
     before = cramped_server.metric("tgi_preemptions")
     outcomes = [waiting.result() for waiting in [wire.ask_soon(**_request(prompt)) for prompt in prompts]]
     assert [outcome.errors for outcome in outcomes] == [[]] * len(prompts)
-    assert [outcome.token_ids for outcome in outcomes] == expected
+    assert [outcome.token_ids for outcome in outcomes] == alone
     wait_until(lambda: cramped_server.metric("tgi_preemptions") > before, "a preemption, or this test tests nothing")
     wait_until_idle(cramped_server)

@@ -253,10 +253,12 @@ logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.config import ModelConfig
 from textgen_engine.models.loader import load_model
+from transformers import LlamaForCausalLM
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 model = load_model(ModelConfig("tests/large", revision="v1", num_threads=1), SdpaBackend()).model
 tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}.values()
 print(json.dumps({
-    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
     "weights": sum(t.numel() * t.itemsize for t in tensors),
     "largest": max(t.numel() * t.itemsize for t in tensors),
 }))
@@ -264,17 +266,14 @@ print(json.dumps({
 
 
 def test_the_memory_of_a_load_is_that_of_the_weights(tmp_path: Path) -> None:
-    """A checkpoint of several shards, found by its name and revision in a local cache of the hub, without network.
-
-    Half of what is measured beyond the weights are Python and its libraries.
-    """
+    """A checkpoint of several shards, found by its name and revision in a local cache of the hub, without network."""
     snapshot = tmp_path / "hub" / "models--tests--large" / "snapshots" / "0123"
     shutil.copytree(save_checkpoint(tmp_path / "small", hidden_size=1024, num_hidden_layers=1), snapshot)
     (snapshot / "model.safetensors").unlink()
     (tmp_path / "hub" / "models--tests--large" / "refs").mkdir()
     (tmp_path / "hub" / "models--tests--large" / "refs" / "v1").write_text("0123")
     config = json.loads((snapshot / "config.json").read_text())
-    sizes = {"vocab_size": 16384, "intermediate_size": 4096, "num_hidden_layers": 10}
+    sizes = {"vocab_size": 16384, "intermediate_size": 4096, "num_hidden_layers": 5}
     (snapshot / "config.json").write_text(json.dumps(config | sizes))
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(snapshot))
@@ -284,7 +283,7 @@ def test_the_memory_of_a_load_is_that_of_the_weights(tmp_path: Path) -> None:
         if sum(t.numel() for t in shards[-1].values()) > 20_000_000:
             shards.append({})
         shards[-1][name] = noise.repeat(-(-tensor.numel() // len(noise)))[: tensor.numel()].view(tensor.shape)
-    assert len(shards) > 3
+    assert len(shards) > 2
     index = {name: f"model-{i}.safetensors" for i, shard in enumerate(shards) for name in shard}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     for i, shard in enumerate(shards):
@@ -296,6 +295,6 @@ def test_the_memory_of_a_load_is_that_of_the_weights(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     measured = json.loads(done.stdout)
-    assert measured["weights"] > 600 << 20, "stored in 16 bits, loaded as float32"
-    assert measured["peak"] <= measured["weights"] + 2 * measured["largest"] + (600 << 20)
-    assert "weights: 0.3" in done.stderr, "what was read, and how fast, is logged"
+    assert measured["weights"] > 400 << 20, "stored in 16 bits, loaded as float32"
+    assert measured["peak"] <= measured["weights"] + 2 * measured["largest"] + (128 << 20)
+    assert "weights: 0.2" in done.stderr, "what was read, and how fast, is logged"
