@@ -206,8 +206,8 @@ def test_32_33_bad_and_new_grammars_disturb_nobody(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize("route", ["/generate_stream", "/v1/completions"])
 def test_46_who_hangs_up_is_gone(http: httpx.Client, tiny_triton: RunningServer, route: str) -> None:
-    """After three tokens of very many: the slot is free again, and the end is counted as a cancellation. (The tiny model
-    needs a second for all of them; who is cut short for longer than that may find one complete.)"""
+    """After three tokens of very many: the slot is free again, and the end is counted as a cancellation. Three times,
+    since the tiny model needs a second for all of them, which a machine may well look away."""
     endless = {"max_new_tokens": 900, "ignore_eos_token": True}
     asked = {"inputs": PROMPT, "parameters": endless}
     if route != "/generate_stream":
