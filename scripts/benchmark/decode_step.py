@@ -28,6 +28,7 @@ import torch
 from textgen_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from textgen_engine.engine import Engine
 from textgen_engine.models import loader
+from textgen_engine.models.fusion import Fusion
 from textgen_engine.parallel import worker
 from textgen_engine.request import GenerationRequest, StoppingParams
 
@@ -48,7 +49,7 @@ def make_engine(model: Path, batch: int, context: int, steps: int, threads: int,
     else:
         with (
             mock.patch.object(worker, "load_kernels", return_value=None),
-            mock.patch.object(loader, "fuse_layers", return_value=0),
+            mock.patch.object(loader, "fuse_layers", return_value=Fusion()),
         ):
             engine = Engine(config, lambda report: None)
     generator = torch.Generator().manual_seed(0)

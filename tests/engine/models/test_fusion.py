@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from textgen_engine.attention import bridge
 from textgen_engine.attention.base import AttentionMetadata
 from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.config import ModelConfig
 from textgen_engine.kernels.cpu import load_kernels
-from textgen_engine.models.fusion import FusedGatedLayer
+from textgen_engine.models.experts import GroupedExperts, replace_experts
+from textgen_engine.models.fusion import FusedGatedLayer, fuse_layers
 from textgen_engine.models.loader import load_model
 
 
@@ -48,7 +52,13 @@ def fused_logits(folder: Path, ids: torch.Tensor, *, compiled: bool) -> tuple[in
     return sum(isinstance(module, FusedGatedLayer) for module in loaded.model.modules()), output.logits[0]
 
 
-@pytest.mark.parametrize(("family", "num_fused"), [("llama", 3), ("mistral", 2), ("qwen2", 2), ("gemma", 0)])
+@pytest.mark.parametrize(
+    ("family", "num_fused"),
+    [
+        *(("llama", 3), ("mistral", 2), ("qwen2", 2), ("qwen3", 2), ("gemma", 2), ("gemma2", 2), ("gemma3", 7)),
+        *(("mixtral", 2), ("qwen3_moe", 2), ("olmo2", 0)),
+    ],
+)
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("num_tokens", [7, 60])
 def test_fused_equals_stock(
@@ -66,15 +76,64 @@ def test_fused_equals_stock(
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
 
 
-def test_a_layer_that_only_looks_alike_stays_stock(checkpoint: Callable[[str], Path]) -> None:
-    """The trial, not the structure, tells: here a layer whose MLP is activated otherwise."""
-    from textgen_engine.attention import bridge
-    from textgen_engine.models.fusion import fuse_layers
-
+def stock_model(folder: Path) -> Any:
     bridge.register()
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint("llama"), dtype=torch.float32, attn_implementation=bridge.ATTENTION_NAME
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=bridge.ATTENTION_NAME
     ).requires_grad_(False)
-    model.model.layers[1].mlp.act_fn = torch.nn.GELU()
-    assert fuse_layers(model, None, {}) == 2
+
+
+def test_a_layer_that_only_looks_alike_stays_stock(checkpoint: Callable[[str], Path]) -> None:
+    """The trial, not the structure, tells: here a layer that multiplies what it adds to the residual."""
+    model = stock_model(checkpoint("granite"))
+    model.model.layers[1].residual_multiplier = 0.5
+    fusion = fuse_layers(model, None, {})
+    assert (fusion.layers, fusion.num_differing) == ({"Llama": 1}, 1)
     assert not isinstance(model.model.layers[1], FusedGatedLayer)
+
+
+def test_another_activation_is_kept(checkpoint: Callable[[str], Path]) -> None:
+    model = stock_model(checkpoint("llama"))
+    model.model.layers[1].mlp.act_fn = torch.nn.GELU()
+    assert fuse_layers(model, load_kernels(num_threads=1), {}).layers == {"Llama": 3}
+
+
+def test_one_line_says_what_was_applied(checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
+    kernels = load_kernels(num_threads=1)
+    with caplog.at_level(logging.INFO, "textgen_engine.models.loader"):
+        for family, quantize in (("mixtral", None), ("phi3", "eetq"), ("gpt2", None)):
+            config = ModelConfig(str(checkpoint(family)), dtype="float32", quantize=quantize)
+            load_model(config, SdpaBackend(), kernels)
+    lines = [line for line in caplog.messages if " loaded: " in line]
+    assert [line.split()[0] for line in lines] == ["MixtralForCausalLM", "Phi3ForCausalLM", "GPT2LMHeadModel"]
+    expected = [
+        ("2 layers fused as Mixtral's", "attention by SdpaBackend", "float32 on cpu"),
+        ("linear layers eetq", "no layer fused", "KV blocks released behind a window of 8"),
+        ("LM head tied to the embedding", "no layer fused"),
+    ]
+    if kernels is not None:
+        expected[0] = (*expected[0], "experts of 2 layers by compiled grouped products", "linear layers by compiled")
+    for line, parts in zip(lines, expected, strict=True):
+        assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_grouped_experts_equal_stock_ones(checkpoint: Callable[[str], Path], family: str) -> None:
+    """Each token's result is its own, whoever stands beside it: few rows run compiled, many by transformers. What is of
+    another form (gpt-oss has transposed weights) stays stock."""
+    kernels = load_kernels(num_threads=2)
+    if kernels is None:
+        pytest.skip("no C++ compiler")
+    model = stock_model(checkpoint(family))
+    stock = [module for module in model.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "down_proj")]
+    stock = [module for module in stock if isinstance(module.gate_up_proj, torch.nn.Parameter)]
+    num_replaced = replace_experts(model, kernels)
+    assert num_replaced == (0 if family == "gpt_oss" else len(stock))
+    for grouped in [module for module in model.modules() if isinstance(module, GroupedExperts)]:
+        generator = torch.Generator().manual_seed(2)
+        for num_tokens in (1, 2, 17, 60):
+            x = torch.randn(num_tokens, grouped.stock.gate_up_proj.shape[2], generator=generator)
+            weights, index = torch.rand(num_tokens, grouped.stock.num_experts, generator=generator).topk(2)
+            with torch.inference_mode():
+                found, expected = grouped(x, index, weights), grouped.stock(x, index, weights)
+            torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)

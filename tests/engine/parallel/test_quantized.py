@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from textgen_engine.errors import ModelLoadError
 from textgen_engine.models.quantization.linear import CodedLinear, IntegerLinear, QuantizedLinear
 from textgen_engine.models.quantization.part import Axis, LayerPart
 from textgen_engine.parallel.split import Shard
 from textgen_engine.parallel.worker import prepare
+from textgen_quantization import packers
 
-from ..models.quantization import packers
 from ..models.quantization.test_methods import AT_LOAD, STORED, weights_of
 from ..test_engine_equalities import requests_of
 from ..tiny import make_config, save_checkpoint
@@ -28,6 +29,7 @@ from .threads import PROMPTS, NewRanks, assert_alike, record_logits
 # output, of 96 and 48 of the MLP's.
 UNEVEN = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 192}
 EVEN = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+SPLIT = [name for name in STORED if not name.startswith(("bitsandbytes nf4", "bitsandbytes fp4"))]
 MORE_RANKS = ("gptq 4 bits, one group", "gptq 4 bits, act-order", "awq", "fp8 by uneven blocks")
 
 
@@ -36,7 +38,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("plain") / "model", num_hidden_layers=2, **UNEVEN)
 
 
-@pytest.mark.parametrize(("name", "world_size"), [*((name, 2) for name in STORED), *((name, 4) for name in MORE_RANKS)])
+@pytest.mark.parametrize(("name", "world_size"), [*((name, 2) for name in SPLIT), *((name, 4) for name in MORE_RANKS)])
 def test_stored_weights_are_the_same(
     new_ranks: NewRanks, plain: Path, tmp_path: Path, name: str, world_size: int
 ) -> None:
@@ -46,6 +48,13 @@ def test_stored_weights_are_the_same(
     part, _ = prepare(make_config(folder / "packed").model, Shard(1, world_size))
     layers = [module for module in part.model.modules() if isinstance(module, CodedLinear)]
     assert len(layers) >= 8, "a rank's layers are quantized, too"
+
+
+def test_4_bit_codes_in_one_row_are_refused(tmp_path: Path) -> None:
+    """bitsandbytes stores a layer's codes as one long column."""
+    folder = packers.repack(save_checkpoint(tmp_path / "plain", **EVEN), tmp_path, *STORED["bitsandbytes nf4"])
+    with pytest.raises(ModelLoadError, match="cannot be split over 2 ranks: its weights are stored as bitsandbytes"):
+        prepare(make_config(folder / "packed").model, Shard(1, 2))
 
 
 @pytest.mark.parametrize("form", ["phi3, gptq", "phi3, fp8"])

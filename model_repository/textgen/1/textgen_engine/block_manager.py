@@ -9,6 +9,10 @@ Every block is in exactly one of three states:
 A full block is known by a chained hash: blake2b over its parent's hash and its token ids, so equal hashes mean equal
 prefixes. The chain starts from the request's adapter and its cache salt. blake2b with 128 bits is collision resistant:
 a hit never shows one client the content of another's different prompt.
+
+Where every layer sees a sliding window only, blocks behind it are given back while their sequence runs. Its block table
+keeps its length: in the places of such blocks stands the first one that is left, so that whoever reads them (nobody
+weighs what is read) meets the sequence's own keys and values.
 """
 
 from __future__ import annotations
@@ -22,12 +26,18 @@ from textgen_engine.sequence import Sequence
 
 
 class BlockManager:
-    """Owns `num_blocks` blocks of `block_size` tokens. Not thread safe: the engine's loop thread alone calls it."""
+    """Owns `num_blocks` blocks of `block_size` tokens. Not thread safe: the engine's loop thread alone calls it.
 
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+    window: the most tokens, itself included, that a token sees in any layer; None: all before it.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, window: int | None = None
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self._window = window
         self._free: list[int] = list(range(num_blocks - 1, -1, -1))  # a stack: lowest ids first, most recent reused
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._ref_counts: list[int] = [0] * num_blocks
@@ -121,26 +131,43 @@ class BlockManager:
                 self._hash_of[block] = key
             sequence.num_registered_blocks += 1
 
+    def release_hidden(self, sequence: Sequence) -> None:
+        """Give back the blocks that no later token of the sequence can see. Call after `register`."""
+        if self._window is None:
+            return
+        first_visible = sequence.num_computed - self._window + 1  # of the next token
+        count = min(first_visible // self.block_size, len(sequence.block_table) - 1)
+        if self.prefix_caching:  # first offered, then given back
+            count = min(count, sequence.num_registered_blocks)
+        if count <= sequence.num_released_blocks:
+            return
+        for block in sequence.block_table[sequence.num_released_blocks : count]:
+            self._release(block)
+        sequence.block_table[:count] = [sequence.block_table[count]] * count
+        sequence.num_released_blocks = count
+
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let the child own the parent's blocks too; `reserve` copies the shared one that is written first."""
         assert not child.block_table
-        for block in parent.block_table:
+        for block in _owned(parent):
             self._take(block)
         child.block_table = list(parent.block_table)
+        child.num_released_blocks = parent.num_released_blocks
         child.block_hashes = list(parent.block_hashes)
         child.num_registered_blocks = parent.num_registered_blocks
 
     def release(self, sequence: Sequence) -> None:
         """Take the sequence out of the owners of all its blocks; its block table is empty afterwards."""
         # The tail goes first, so that it is evicted before the prefixes that more requests may share.
-        for block in reversed(sequence.block_table):
+        for block in reversed(_owned(sequence)):
             self._release(block)
         sequence.block_table.clear()
+        sequence.num_released_blocks = 0
         sequence.num_registered_blocks = 0
 
     def check_integrity(self, owners: Iterable[Sequence]) -> None:
         """Assert that free + used + cached is all, and that reference counts equal the owners' block tables."""
-        counts = Counter(block for sequence in owners for block in sequence.block_table)
+        counts = Counter(block for sequence in owners for block in _owned(sequence))
         free, cached = set(self._free), set(self._cached)
         assert len(free) == len(self._free) and not free & cached
         for block in range(self.num_blocks):
@@ -189,6 +216,10 @@ class BlockManager:
             tokens = struct.pack(f"<{size}i", *sequence.token_ids[start : start + size])
             hashes.append(hashlib.blake2b(parent + tokens, digest_size=16).digest())
         return hashes[index]
+
+
+def _owned(sequence: Sequence) -> list[int]:
+    return sequence.block_table[sequence.num_released_blocks :]
 
 
 def _root(sequence: Sequence) -> bytes:

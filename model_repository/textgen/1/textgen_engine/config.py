@@ -546,6 +546,11 @@ def build_config(
     lora = _read_lora(values)
     if values["batch_invariant"] and values["quantize"] is not None:
         raise ConfigError("TEXTGEN_BATCH_INVARIANT is for float32 weights: it cannot be combined with QUANTIZE")
+    if values["dense_fallback"] and values["kv_cache_dtype"] != "auto":
+        raise ConfigError(
+            f"KV_CACHE_DTYPE={values['kv_cache_dtype']} cannot be combined with TEXTGEN_DENSE_FALLBACK, which keeps "
+            f"token ids in the cache: 8 bits would change them"
+        )
     max_sequences = values["max_batch_size"]
     max_tokens_per_step = values["max_batch_prefill_tokens"] or (4096 if has_gpu else 512)
     if max_sequences is None:

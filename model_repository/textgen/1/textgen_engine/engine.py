@@ -194,7 +194,9 @@ class Engine:
             device=loaded.device,
             has_scratch=bool(config.model.graph_sizes),
         )
-        self._blocks = BlockManager(num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching)
+        self._blocks = BlockManager(
+            num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching, window=loaded.window
+        )
         self._scheduler = Scheduler(config.scheduler, self._blocks)
         self._runner = ModelRunner(loaded, backend, cache, layers, collectives)
         if config.model.graph_sizes:

@@ -152,6 +152,7 @@ class Scheduler:
             if sequence.status is SequenceStatus.RUNNING:
                 sequence.num_computed = entry.start + entry.num_tokens
                 self._blocks.register(sequence)
+                self._blocks.release_hidden(sequence)
 
     def observe(self, batch: ScheduledBatch, step_s: float) -> None:
         """Learn from the time that a step took."""
@@ -165,6 +166,7 @@ class Scheduler:
         if num_tokens and sequence.status is SequenceStatus.RUNNING:
             sequence.num_computed += num_tokens
             self._blocks.register(sequence)
+            self._blocks.release_hidden(sequence)
 
     def check_integrity(self) -> None:
         """Assert that slots and blocks are all accounted for."""

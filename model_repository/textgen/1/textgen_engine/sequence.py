@@ -47,6 +47,7 @@ class Sequence:
     num_cached: int = 0  # prompt tokens found in the prefix cache when first admitted
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks of token_ids
+    num_released_blocks: int = 0  # leading entries of the block table that are not owned any more
     num_registered_blocks: int = 0  # leading blocks already offered to the prefix cache
     is_held: bool = False  # not to be scheduled: its next mask is still being made (written by constraints.py)
     adapter: AdapterHandle | None = None  # None: the model as it is

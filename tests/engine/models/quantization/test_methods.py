@@ -19,11 +19,11 @@ from textgen_engine.errors import ModelLoadError
 from textgen_engine.kernels.cpu import load_kernels
 from textgen_engine.models.fusion import FusedGatedLayer
 from textgen_engine.models.loader import LoadedModel, load_model
-from textgen_engine.models.quantization.bitsandbytes_4bit import FourBit
+from textgen_engine.models.quantization.bitsandbytes_4bit import TABLES, FourBit
 from textgen_engine.models.quantization.linear import CodedLinear, IntegerLinear, QuantizedLinear, unpack_nibbles
+from textgen_quantization import packers
 
 from ...tiny import Harness, make_request, save_checkpoint
-from . import packers
 
 AT_LOAD = ("int8", "eetq", "bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4", "fp8")
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [100], [33] * 40, [2, 300, 4]]
@@ -72,6 +72,15 @@ STORED: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], packers.Packed]
     ),
 }
 
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+for _kind in ("nf4", "fp4"):
+    for _nested in (False, True):
+        STORED[f"bitsandbytes {_kind}{', nested' if _nested else ''}"] = (
+            {**BNB, "bnb_4bit_quant_type": _kind, "bnb_4bit_use_double_quant": _nested},
+            packers.bitsandbytes_4bit(_kind, TABLES[f"bitsandbytes-{_kind}"], nested=_nested),
+        )
+STORED["bitsandbytes 8 bits"] = ({"quant_method": "bitsandbytes", "load_in_8bit": True}, packers.bitsandbytes_int8)
+
 
 def load(folder: Path, *, compiled: bool = True, **options: Any) -> LoadedModel:
     kernels = load_kernels(num_threads=1) if compiled else None
@@ -88,11 +97,10 @@ def texts(harness: Harness) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_a_quantized_checkpoint_needs_no_option(
-    llama: Path, tmp_path: Path, new_engine: Callable[..., Harness], name: str
-) -> None:
+def test_a_quantized_checkpoint_needs_no_option(tmp_path: Path, new_engine: Callable[..., Harness], name: str) -> None:
     """The texts are those of the plain weights that the packed ones stand for."""
     settings, pack = STORED[name]
+    llama = save_checkpoint(tmp_path / "plain", intermediate_size=128)
     folder = packers.repack(llama, tmp_path, settings, pack)
     loaded = load(folder / "packed")
     layers = [module for module in loaded.model.modules() if isinstance(module, CodedLinear)]
@@ -193,7 +201,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str | None, str]] = {
         "group_size 48 does not divide the 64 inputs of model.layers.0",
     ),
     "awq gemv": ({"quant_method": "awq", "bits": 4, "version": "gemv"}, None, "packing 'gemv' is not served; gemm is"),
-    "stored bitsandbytes": ({"quant_method": "bitsandbytes"}, None, "quantized by bitsandbytes are not served"),
+    "8 bits for 4": (
+        {**BNB, "bnb_4bit_quant_type": "nf4"},
+        "bitsandbytes-fp4",
+        "QUANTIZE=bitsandbytes-fp4 contradicts the checkpoint.*bitsandbytes",
+    ),
+    "an unknown method": ({"quant_method": "hqq"}, "eetq", "QUANTIZE=eetq contradicts the checkpoint.*hqq"),
     "two schemes": (
         {**CT, "format": "mixed-precision", "config_groups": {"a": {}, "b": {}}},
         None,

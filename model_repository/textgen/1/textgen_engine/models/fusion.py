@@ -7,8 +7,9 @@ and one that differs stays stock. Only instances are replaced, never a class of 
 
 from __future__ import annotations
 
-import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,16 +21,78 @@ from textgen_engine.kernels.cpu import CpuKernels
 from textgen_engine.models.cpu_linear import MOST_COMPILED_ROWS, has_hooks
 from textgen_engine.models.quantization.linear import IntegerLinear, QuantizedLinear
 
-logger = logging.getLogger(__name__)
-
 _TRIAL_ROWS = 3
 # Float32 sums in another order: far less than any real difference between two layers.
 _TOLERANCE = 1e-4
 _TOLERANCE_INTEGERS = 2e-2
 
 
+class FusedNorm(torch.nn.Module):
+    """An RMSNorm in one operation. weight: what the normed values are multiplied by; of its own, if the stock module
+    multiplies by one more than its parameter."""
+
+    def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.epsilon = epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a decoder layer with rotary positions and RMSNorms consists of beside its linear layers.
+
+    query_key_norms: over each head, before rotary positions. outer_norms: of what attention and MLP give, before it is
+    added to the residual. has_experts: `mlp` is not a gated MLP but anything else, and stays as it is.
+    """
+
+    name: str
+    query_key_norms: bool = False
+    outer_norms: bool = False
+    has_experts: bool = False
+
+    def matches(self, layer: Any) -> bool:
+        """Whether the layer has these parts and no others, all of which can be joined."""
+        children = {name: child for name, child in layer.named_modules() if name}
+        if self.has_experts == ("mlp.gate_proj" in children):
+            return False
+        own = {name for name in children if not (self.has_experts and name.startswith("mlp."))}
+        if own - {"mlp.act_fn"} != self._parts():
+            return False
+        kinds = {_kind(children[name]) for name in own if name.endswith("_proj")}
+        return (
+            len(kinds) == 1
+            and None not in kinds
+            and not any(has_hooks(module) for module in layer.modules())
+            and all(parameter.dtype is torch.float32 for parameter in layer.parameters())
+        )
+
+    def _parts(self) -> set[str]:
+        parts = {"self_attn", *(f"self_attn.{name}_proj" for name in "qkvo"), "mlp"}
+        parts |= {"input_layernorm", "post_attention_layernorm"}
+        if self.query_key_norms:
+            parts |= {"self_attn.q_norm", "self_attn.k_norm"}
+        if self.outer_norms:
+            parts |= {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+        if not self.has_experts:
+            parts |= {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+        return parts
+
+
+FAMILIES = (
+    Family("Llama"),  # Mistral, Qwen 2, SmolLM and Gemma 1, too
+    Family("Qwen 3", query_key_norms=True),
+    Family("Gemma 2", outer_norms=True),
+    Family("Gemma 3", query_key_norms=True, outer_norms=True),
+    Family("Mixtral", has_experts=True),
+    Family("Qwen 3 MoE", query_key_norms=True, has_experts=True),
+)
+
+
 class FusedGatedLayer(torch.nn.Module):
-    """Takes the place of a Llama-like decoder layer: pre-norm attention with rotary positions, then a gated SiLU MLP.
+    """Takes the place of a decoder layer: attention with rotary positions between norms, then a gated MLP or experts.
 
     Replaces q_proj, k_proj, v_proj by `qkv` and gate_proj, up_proj by `gate_up`, rows joined in this order; needs a
     trial's Recorder for what only the stock attention knows: its scoring.
@@ -40,11 +103,9 @@ class FusedGatedLayer(torch.nn.Module):
 
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def __init__(self, layer: Any, trial: Recorder, kernels: CpuKernels | None) -> None:
+    def __init__(self, layer: Any, family: Family, trial: Recorder, kernels: CpuKernels | None) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
-        # The kernels that run several pieces in one call know float32 weights alone.
-        self._kernels = kernels if type(attention.o_proj) is torch.nn.Linear else None
         self.layer_idx = trial.layer
         self.scoring = trial.scoring
         self.num_heads, self.num_kv_heads, self.head_dim = trial.query.shape[1], trial.key.shape[1], trial.key.shape[2]
@@ -52,28 +113,33 @@ class FusedGatedLayer(torch.nn.Module):
             self.attention_type = layer.attention_type
         self.qkv = _join(attention.q_proj, attention.k_proj, attention.v_proj)
         self.output = attention.o_proj
-        self.gate_up = _join(mlp.gate_proj, mlp.up_proj)
-        self.down = mlp.down_proj
-        self.input_norm, self.epsilon = layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon
-        self.mlp_norm, self.mlp_epsilon = (
-            layer.post_attention_layernorm.weight,
-            layer.post_attention_layernorm.variance_epsilon,
-        )
-
-    @staticmethod
-    def matches(layer: Any) -> bool:
-        children = {name: child for name, child in layer.named_modules() if name}
-        if set(children) - {"mlp.act_fn"} != _GATED_LAYER:
-            return False
-        linears = [child for name, child in children.items() if name.endswith("_proj")]
-        norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        return (
-            not any(has_hooks(module) for module in layer.modules())
-            and len({_kind(linear) for linear in linears} - {None}) == 1
-            and not any(_kind(linear) is None for linear in linears)
-            and all(isinstance(getattr(norm, "variance_epsilon", None), float) for norm in norms)
-            and all(parameter.dtype is torch.float32 for parameter in layer.parameters())
-        )
+        self.input_norm = _norm_of(layer.input_layernorm)
+        self.query_norm: FusedNorm | None = None
+        self.key_norm: FusedNorm | None = None
+        self.attention_norm: FusedNorm | None = None  # of what attention gives
+        self.output_norm: FusedNorm | None = None  # of what the MLP gives
+        self.experts: torch.nn.Module | None = None
+        if family.query_key_norms:
+            self.query_norm, self.key_norm = _norm_of(attention.q_norm), _norm_of(attention.k_norm)
+        if family.outer_norms:
+            self.attention_norm = _norm_of(layer.post_attention_layernorm)
+            self.mlp_norm = _norm_of(layer.pre_feedforward_layernorm)
+            self.output_norm = _norm_of(layer.post_feedforward_layernorm)
+        else:
+            self.mlp_norm = _norm_of(layer.post_attention_layernorm)
+        is_silu = False
+        if family.has_experts:
+            self.experts = mlp
+        else:
+            self.gate_up = _join(mlp.gate_proj, mlp.up_proj)
+            self.down = mlp.down_proj
+            self.activation = mlp.act_fn
+            values = torch.linspace(-4, 4, 9)
+            is_silu = torch.equal(mlp.act_fn(values), functional.silu(values))
+        # The kernels that run several pieces in one call know float32 weights alone, and the plainest family.
+        plain = kernels if type(attention.o_proj) is torch.nn.Linear else None
+        self._kernels_in = None if family.query_key_norms else plain
+        self._kernels_out = plain if is_silu and not family.outer_norms else None
 
     def forward(
         self,
@@ -86,9 +152,11 @@ class FusedGatedLayer(torch.nn.Module):
     ) -> torch.Tensor:
         x = hidden_states[0]  # [num_tokens, hidden]
         cos, sin = (table[0] for table in position_embeddings)  # [num_tokens, dim]
-        few_rows = self._kernels is not None and x.shape[0] <= MOST_COMPILED_ROWS
-        turns_all = cos.shape[1] == self.head_dim
-        qkv = self._compiled_in(x, cos, sin) if few_rows and turns_all else self._plain_in(x, cos, sin)
+        few_rows = x.shape[0] <= MOST_COMPILED_ROWS
+        if few_rows and self._kernels_in is not None and cos.shape[1] == self.head_dim:
+            qkv = self._compiled_in(self._kernels_in, x, cos, sin)
+        else:
+            qkv = self._plain_in(x, cos, sin)
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         attended = attention_backend.run(
             self.layer_idx,
@@ -98,78 +166,94 @@ class FusedGatedLayer(torch.nn.Module):
             attention_metadata,
             self.scoring,
         ).reshape(x.shape[0], -1)
-        whole = few_rows and self.sum_over_ranks is None
-        return (self._compiled_out(attended, x) if whole else self._plain_out(attended, x))[None]
+        if few_rows and self._kernels_out is not None and self.sum_over_ranks is None:
+            return self._compiled_out(self._kernels_out, attended, x)[None]
+        return self._plain_out(attended, x)[None]
 
     def _plain_in(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        normed = functional.rms_norm(x, self.input_norm.shape, self.input_norm, self.epsilon)
-        qkv: torch.Tensor = self.qkv(normed)
+        qkv: torch.Tensor = self.qkv(self.input_norm(x))
         qkv = qkv.view(x.shape[0], -1, self.head_dim)  # [num_tokens, heads + 2 * kv_heads, dim]
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+            qkv = torch.cat((self.query_norm(query), self.key_norm(key), value), dim=1)
         turned = qkv[:, : self.num_heads + self.num_kv_heads, : cos.shape[1]]
         first, second = turned.chunk(2, dim=2)
         turned.copy_(turned * cos[:, None] + torch.cat((-second, first), dim=2) * sin[:, None])
         return qkv
 
     def _plain_out(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        h: torch.Tensor = x + self._sum(self.output(attended))
-        normed = functional.rms_norm(h, self.mlp_norm.shape, self.mlp_norm, self.mlp_epsilon)
-        gate, up = self.gate_up(normed).chunk(2, dim=1)
-        return h + self._sum(self.down(functional.silu(gate) * up))
+        added = self._sum(self.output(attended))
+        h = x + (added if self.attention_norm is None else self.attention_norm(added))
+        normed = self.mlp_norm(h)
+        if self.experts is not None:
+            added = self.experts(normed[None])[0]
+        else:
+            gate, up = self.gate_up(normed).chunk(2, dim=1)
+            added = self.down(self.activation(gate) * up)
+        added = self._sum(added)
+        return h + (added if self.output_norm is None else self.output_norm(added))
 
     def _sum(self, partial: torch.Tensor) -> torch.Tensor:
         return partial if self.sum_over_ranks is None else self.sum_over_ranks(partial)
 
-    def _compiled_in(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        assert self._kernels is not None
-        return self._kernels.layer_in(
+    def _compiled_in(self, kernels: CpuKernels, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return kernels.layer_in(
             x,
-            self.input_norm,
+            self.input_norm.weight,
             self.qkv.weight,
             self.qkv.bias,
             cos,
             sin,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
-            epsilon=self.epsilon,
+            epsilon=self.input_norm.epsilon,
         )
 
-    def _compiled_out(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        assert self._kernels is not None
+    def _compiled_out(self, kernels: CpuKernels, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         output, gate_up, down = ((layer.weight, layer.bias) for layer in (self.output, self.gate_up, self.down))
-        return self._kernels.layer_out(attended, x, output, self.mlp_norm, gate_up, down, epsilon=self.mlp_epsilon)
+        norm = self.mlp_norm
+        return kernels.layer_out(attended, x, output, norm.weight, gate_up, down, epsilon=norm.epsilon)
 
 
-_GATED_LAYER = {
-    *("input_layernorm", "post_attention_layernorm", "self_attn", "mlp"),
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-}
-FAMILIES = (FusedGatedLayer,)
+@dataclass
+class Fusion:
+    """What fuse_layers did. layers: how many of each family. num_differing: alike in structure, but not in result."""
+
+    layers: Counter[str] = field(default_factory=Counter)
+    num_differing: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{count} layers fused as {family}'s" for family, count in self.layers.items()] or ["no layer fused"]
+        if self.num_differing:
+            parts.append(f"{self.num_differing} alike in structure but not in result")
+        return ", ".join(parts)
 
 
-def fuse_layers(model: torch.nn.Module, kernels: CpuKernels | None, scorings: Mapping[int, Scoring]) -> int:
-    """Replace what matches a family, in this model alone; returns how many layers, and logs one line. Needs a model
-    whose attention is attention/bridge.py's, and what each layer asked of it in the whole model."""
-    num_fused, num_differing = 0, 0
+def fuse_layers(
+    model: torch.nn.Module, kernels: CpuKernels | None, scorings: Mapping[int, Scoring], *, is_part: bool = False
+) -> Fusion:
+    """Replace what matches a family, in this model alone. Needs a model whose attention is attention/bridge.py's, and
+    what each layer asked of it in the whole model. is_part: one rank's, whose experts add up by themselves."""
+    done = Fusion()
+    families = [family for family in FAMILIES if not (is_part and family.has_experts)]
     for layers in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
         for index, layer in enumerate(layers):
-            for family in FAMILIES:
-                # A fused layer gets a step's metadata by keyword; a model that hands none on keeps its layers.
-                if family.matches(layer) and not hasattr(layer, STEP_ATTRIBUTE):
-                    fused = _tried(family, layer, kernels, scorings)
-                    if fused is None:
-                        num_differing += 1
-                    else:
-                        layers[index] = fused
-                        num_fused += 1
-    name = type(model).__name__
-    logger.info("%s: %d layers fused, %d alike in structure but not in result", name, num_fused, num_differing)
-    return num_fused
+            # A fused layer gets a step's metadata by keyword; a model that hands none on keeps its layers.
+            family = next((one for one in families if one.matches(layer)), None)
+            if family is None or hasattr(layer, STEP_ATTRIBUTE):
+                continue
+            fused = _tried(family, layer, kernels, scorings)
+            if fused is None:
+                done.num_differing += 1
+            else:
+                layers[index] = fused
+                done.layers[family.name] += 1
+    return done
 
 
 @torch.inference_mode()
 def _tried(
-    family: type[FusedGatedLayer], layer: Any, kernels: CpuKernels | None, scorings: Mapping[int, Scoring]
+    family: Family, layer: Any, kernels: CpuKernels | None, scorings: Mapping[int, Scoring]
 ) -> FusedGatedLayer | None:
     """The fused layer, if it computes what the stock layer does."""
     generator = torch.Generator().manual_seed(0)
@@ -184,7 +268,7 @@ def _tried(
         expected = layer(x, attention_mask=None, attention_backend=stock, **keywords)
         stock.scoring = scorings.get(stock.layer, stock.scoring)  # a window may come with the mask, which is not here
         with torch.inference_mode(False):  # parameters that other modes may use too
-            fused = family(layer, stock, kernels)
+            fused = FusedGatedLayer(layer, family, stock, kernels)
         found = fused(x, attention_backend=ours, **keywords)
         pairs = ((expected, found), (stock.query, ours.query), (stock.key, ours.key), (stock.value, ours.value))
         for right, given in pairs:
@@ -225,6 +309,22 @@ class Recorder(AttentionBackend):
         self.layer, self.query, self.key, self.value = layer, query.clone(), key.clone(), value.clone()
         self.scoring = scoring
         return query.clone()
+
+
+@torch.inference_mode()
+def _norm_of(module: Any) -> FusedNorm:
+    """An RMSNorm as one operation. Raises TypeError for a module that is none."""
+    weight, epsilon = module.weight, getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(epsilon, float):
+        raise TypeError(f"{type(module).__name__} is no RMSNorm")
+    x = torch.randn(_TRIAL_ROWS, weight.shape[0], generator=torch.Generator().manual_seed(0))
+    expected = module(x)
+    with torch.inference_mode(False):
+        for candidate in (weight.data, 1.0 + weight.data):
+            norm = FusedNorm(candidate, epsilon)
+            if torch.allclose(norm(x), expected, atol=_TOLERANCE * float(expected.abs().max()), rtol=0):
+                return norm
+    raise TypeError(f"{type(module).__name__} is no RMSNorm")
 
 
 def _kind(linear: torch.nn.Module) -> type[torch.nn.Module] | None:

@@ -19,13 +19,14 @@ from textgen_engine.attention.base import AttentionBackend
 from textgen_engine.attention.flash import FlashBackend
 from textgen_engine.config import ModelConfig
 from textgen_engine.errors import ModelLoadError
-from textgen_engine.host_memory import available_bytes
+from textgen_engine.host_memory import available_bytes, return_freed
 from textgen_engine.kernels.cpu import CpuKernels
 from textgen_engine.kv_cache import LayerShape
 from textgen_engine.models.checkpoint import Checkpoint, find_checkpoint
 from textgen_engine.models.cpu_linear import replace_linears
 from textgen_engine.models.dense import DENSE_LAYERS, DenseFallback
 from textgen_engine.models.dense import MAX_POSITIONS as DENSE_POSITIONS
+from textgen_engine.models.experts import replace_experts
 from textgen_engine.models.families import PREPARATIONS
 from textgen_engine.models.fusion import fuse_layers
 from textgen_engine.models.gpu_layers import fuse_gpu_layers, triton_kernels
@@ -34,7 +35,7 @@ from textgen_engine.models.quantization.linear import IntegerLinear
 from textgen_engine.models.sharded_reading import PartHooks
 from textgen_engine.models.sharding import Plan, connect_ranks, keep_biases_of_rank_0, make_plan
 from textgen_engine.models.trial import LayerNeeds, check_results, probe_layers, stock_logits
-from textgen_engine.models.weights import WeightHooks, WeightReader, as_quantizer, stored_names, stored_tensors
+from textgen_engine.models.weights import WeightHooks, WeightReader, as_quantizer, stored_shapes, stored_tensors
 from textgen_engine.parallel.group import Collectives
 from textgen_engine.parallel.split import CannotSplit, Shard
 
@@ -62,6 +63,7 @@ class LoadedModel:
 
     layers: what each attention layer caches. max_positions: the longest sequence the architecture allows.
     eos_token_ids: every id that ends a text. takes_logits_rows: the model's forward accepts logits_to_keep.
+    window: the widest of the layers' sliding windows, where all have one.
     plan: set where the model is one rank's part; `connect` has then to be called before the first step. tokenizer: None
     on ranks other than 0.
     """
@@ -75,6 +77,7 @@ class LoadedModel:
     max_positions: int
     eos_token_ids: frozenset[int]
     takes_logits_rows: bool
+    window: int | None = None
     plan: Plan | None = None
 
     def connect(self, collectives: Collectives) -> None:
@@ -145,8 +148,9 @@ def load_model(
     if quantization is not None:
         quantization.check_shapes()
     _check_weights(folder, report)
-    if quantization is not None:
-        quantization.finish(model)
+    applied = [] if quantization is None else [quantization.finish(model)]
+    if _is_tied(model):
+        applied.append("LM head tied to the embedding")
     tokenizer = None
     if shard is None or shard.rank == 0:
         tokenizer = _load_tokenizer(checkpoint, config.trust_remote_code)
@@ -165,6 +169,7 @@ def load_model(
         needs = probe_layers(model, device, {"logits_to_keep": 1} if takes_rows else {})
         backend.check(needs.features)
         layers = [needs.shapes[layer] for layer in range(len(needs.shapes))]
+        window = needs.window
         if config.dense_fallback and expected is not None:  # now, for what is fused below cannot be undone
             check_results(model, backend, layers, expected, dtype, rounds_activations=_rounds_activations(model))
     except ModelLoadError as error:
@@ -175,15 +180,22 @@ def load_model(
                 f"{error}; nor can it be computed densely with ranks, adapters or batch_invariant"
             ) from error
         logger.warning("SLOW: %s. Every token computes its whole text anew, without a KV cache.", error)
-        model, layers, takes_rows = DenseFallback(model), DENSE_LAYERS, True
+        model, layers, takes_rows, window = DenseFallback(model), DENSE_LAYERS, True, None
+        applied.append("computed densely")
         max_positions = min(max_positions, DENSE_POSITIONS)
     else:
         if device.type == "cpu":
-            _prepare_for_cpu(model, config, kernels, needs, fused=fused)
+            applied += _prepare_for_cpu(model, config, kernels, needs, fused=fused, is_part=plan is not None)
         elif fused and shard is None and isinstance(backend, FlashBackend):
-            fuse_gpu_layers(model, backend, triton_kernels(), needs.scorings)
+            num_fused = fuse_gpu_layers(model, backend, triton_kernels(), needs.scorings)
+            applied.append(f"{num_fused} layers of kernels in Triton's language")
         if expected is not None:
             check_results(model, backend, layers, expected, dtype, rounds_activations=_rounds_activations(model))
+    return_freed()
+    if window is not None:
+        applied.append(f"KV blocks released behind a window of {window}")
+    where = f"attention by {type(backend).__name__}, {str(dtype).removeprefix('torch.')} on {device}"
+    logger.info("%s loaded: %s", type(outline).__name__, "; ".join([*applied, where]))
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -194,6 +206,7 @@ def load_model(
         max_positions=max_positions,
         eos_token_ids=_as_set(eos_token_ids),
         takes_logits_rows=takes_rows,
+        window=window,
         plan=plan,
     )
 
@@ -257,7 +270,7 @@ def _quantization(
             )
         return None
     settings = checkpoint_settings(checkpoint.folder, hf_config)
-    method = choose_method(config.quantize, settings, stored_names(list(checkpoint.shards)))
+    method = choose_method(config.quantize, settings, stored_shapes(list(checkpoint.shards)))
     if method is None:
         return None
     if settings is not None and hasattr(hf_config, "quantization_config"):
@@ -370,12 +383,35 @@ def _as_set(ids: Any) -> frozenset[int]:
 
 
 def _prepare_for_cpu(
-    model: torch.nn.Module, config: ModelConfig, kernels: CpuKernels | None, needs: LayerNeeds, *, fused: bool
-) -> None:
+    model: torch.nn.Module,
+    config: ModelConfig,
+    kernels: CpuKernels | None,
+    needs: LayerNeeds,
+    *,
+    fused: bool,
+    is_part: bool,
+) -> list[str]:
+    """What was done, for the log."""
+    done = []
     if fused and not config.batch_invariant:
-        fuse_layers(model, kernels, needs.scorings)
+        done.append(str(fuse_layers(model, kernels, needs.scorings, is_part=is_part)))
+        num_experts = replace_experts(model, kernels)
+        if num_experts:
+            done.append(f"experts of {num_experts} layers by compiled grouped products")
     num_replaced = replace_linears(model, kernels, batch_invariant=config.batch_invariant)
-    logger.info("%s: %d linear layers replaced by CPU forms", type(model).__name__, num_replaced)
+    form = "batch-invariant tiles" if config.batch_invariant else "turned products" if kernels is None else "kernels"
+    if num_replaced:
+        done.append(f"{num_replaced} linear layers by {form if kernels is None else f'compiled {form}'}")
+    return done
+
+
+def _is_tied(model: Any) -> bool:
+    try:
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return False
+    weight = getattr(head, "weight", None)
+    return weight is not None and weight is getattr(embedding, "weight", None)
 
 
 def _rounds_activations(model: torch.nn.Module) -> bool:

@@ -53,6 +53,9 @@ class PartHooks(WeightHooks):
                     if tensor_name in module.slices:
                         self._slices[full_name] = module.slices[tensor_name]
 
+    def name_in_model(self, name: str) -> str:
+        return self._inner.name_in_model(name)
+
     def wants(self, model: torch.nn.Module, name: str) -> bool:
         return self._inner.wants(model, name)
 

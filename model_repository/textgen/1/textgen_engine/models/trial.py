@@ -48,6 +48,13 @@ class LayerNeeds:
         names = AttentionFeatures.__dataclass_fields__
         return AttentionFeatures(**{name: any(getattr(one, name) for one in each) for name in names})
 
+    @property
+    def window(self) -> int | None:
+        """The widest sliding window, if every layer has one."""
+        windows = [scoring.sliding_window for scoring in self.scorings.values()]
+        known = [window for window in windows if window is not None]
+        return max(known) if known and len(known) == len(windows) else None
+
 
 def probe_layers(model: torch.nn.Module, device: torch.device, keywords: dict[str, Any]) -> LayerNeeds:
     """Run two tokens through the model to see what its attention layers store and ask for.

@@ -218,9 +218,9 @@ class WeightReader:
             logger.info("weights: %.0f %% of %.2f GiB read", 100 * read / whole, whole / 2**30)
 
 
-def stored_names(shards: list[Path]) -> frozenset[str]:
-    """Names of all tensors of these files."""
-    return frozenset(WeightReader(shards).tensors)
+def stored_shapes(shards: list[Path]) -> dict[str, tuple[int, ...]]:
+    """All tensors of these files by name."""
+    return {name: tensor.shape for name, tensor in WeightReader(shards).tensors.items()}
 
 
 def check_shard(path: Path) -> None:
@@ -278,6 +278,10 @@ class WeightHooks:
     def prepare(self, model: torch.nn.Module) -> None:
         """Change the model, all of whose tensors are on the meta device still: modules may be replaced."""
 
+    def name_in_model(self, name: str) -> str:
+        """What the model knows the checkpoint's tensor `name` by, before transformers renames it."""
+        return name
+
     def select(self, tensor: StoredTensor) -> StoredTensor | StoredParts:
         """The part of a stored tensor that is to be read; its name is the checkpoint's."""
         return tensor
@@ -293,7 +297,7 @@ class WeightHooks:
 
 def stored_tensors(reader: WeightReader, hooks: WeightHooks) -> dict[str, Any]:
     """The reader's tensors as a state dict whose values are read when transformers takes them."""
-    return {name: hooks.select(tensor) for name, tensor in reader.tensors.items()}
+    return {hooks.name_in_model(name): hooks.select(tensor) for name, tensor in reader.tensors.items()}
 
 
 @contextlib.contextmanager

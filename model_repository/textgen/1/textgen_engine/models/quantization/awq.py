@@ -6,6 +6,7 @@ packed alike; `scales` [groups, outputs]. A weight is (code - zero) * scale.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 class Awq(StoredMethod):
     name = "awq"
 
-    def __init__(self, settings: dict[str, Any], stored: frozenset[str]) -> None:
+    def __init__(self, settings: dict[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
         bits = settings.get("bits", settings.get("w_bit"))
         self._group_size = settings.get("group_size", settings.get("q_group_size", 128))
         version = str(settings.get("version", "gemm")).lower()

@@ -32,7 +32,7 @@ class FourBit(LoadMethod):
         self._table = TABLES[name]
         self._sorted = self._table.unique()
         # Where two codes stand for one value (fp4's two zeros), the first.
-        self._codes = torch.stack([(self._table == value).nonzero()[0, 0] for value in self._sorted])
+        self._codes = torch.stack([(self._table == value).nonzero()[0, 0] for value in self._sorted]).to(torch.uint8)
         self._bounds = (self._sorted[1:] + self._sorted[:-1]) / 2
 
     def replacement(self, linear: torch.nn.Linear, name: str) -> CodedLinear | None:
@@ -51,6 +51,6 @@ class FourBit(LoadMethod):
         blocks = weight.view(weight.shape[0], -1, _BLOCK_SIZE)
         scales = blocks.abs().amax(dim=2)
         fractions = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
-        nearest = torch.bucketize(fractions, self._bounds.to(weight.device))
+        nearest = torch.bucketize(fractions, self._bounds.to(weight.device), out_int32=True)
         codes = self._codes.to(weight.device)[nearest].view(weight.shape)
         return {"weight": pack_nibbles(codes), "scales": scales}

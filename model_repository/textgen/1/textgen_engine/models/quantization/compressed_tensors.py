@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ _FORMATS = ("float-quantized", "int-quantized", "pack-quantized")
 class CompressedTensors(StoredMethod):
     name = "compressed-tensors"
 
-    def __init__(self, settings: dict[str, Any], stored: frozenset[str]) -> None:
+    def __init__(self, settings: dict[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
         groups = list((settings.get("config_groups") or {}).values())
         self._format = settings.get("format")
         if len(groups) != 1 or self._format not in _FORMATS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Fp8Checkpoint(StoredMethod):
     name = "fp8"
     bytes_per_weight = 1.01
 
-    def __init__(self, settings: dict[str, Any], stored: frozenset[str]) -> None:
+    def __init__(self, settings: dict[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
         self._block = settings.get("weight_block_size")
         if self._block is not None and len(self._block) != 2:
             raise ModelLoadError(f"quantization_config: weight_block_size must be two numbers; given: {self._block}")

@@ -7,6 +7,7 @@ each input, in no order at all with act-order (desc_act). A weight is (code - ze
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ _WORD_BITS = 32
 class Gptq(StoredMethod):
     name = "gptq"
 
-    def __init__(self, settings: dict[str, Any], stored: frozenset[str]) -> None:
+    def __init__(self, settings: dict[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
         bits = settings.get("bits")
         form = settings.get("checkpoint_format") or "gptq"
         if bits not in (4, 8):

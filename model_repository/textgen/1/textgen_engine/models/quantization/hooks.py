@@ -7,7 +7,6 @@ experts kept as one tensor stay as they are.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,20 +18,20 @@ from textgen_engine.errors import ModelLoadError
 from textgen_engine.kernels.cpu import CpuKernels
 from textgen_engine.models.quantization.awq import Awq
 from textgen_engine.models.quantization.bitsandbytes_4bit import TABLES, FourBit
+from textgen_engine.models.quantization.bitsandbytes_stored import BitsAndBytes
 from textgen_engine.models.quantization.compressed_tensors import CompressedTensors
 from textgen_engine.models.quantization.eetq import WeightOnlyInt8
 from textgen_engine.models.quantization.fp8 import Fp8AtLoad, Fp8Checkpoint
 from textgen_engine.models.quantization.gptq import Gptq
 from textgen_engine.models.quantization.int8 import Int8
 from textgen_engine.models.quantization.linear import QuantizedLinear
-from textgen_engine.models.quantization.method import LoadMethod, Method, StoredLinear
+from textgen_engine.models.quantization.method import LoadMethod, Method, StoredLinear, StoredMethod
 from textgen_engine.models.weights import WeightHooks
 
-logger = logging.getLogger(__name__)
-
-_STORED: dict[str, Callable[[dict[str, Any], frozenset[str]], Method]] = {
+_STORED: dict[str, Callable[[dict[str, Any], Mapping[str, tuple[int, ...]]], Method]] = {
     "gptq": Gptq,
     "awq": Awq,
+    "bitsandbytes": BitsAndBytes,
     "fp8": Fp8Checkpoint,
     "compressed-tensors": CompressedTensors,
 }
@@ -56,7 +55,9 @@ def checkpoint_settings(folder: Path, hf_config: Any) -> dict[str, Any] | None:
     return None
 
 
-def choose_method(asked: str | None, settings: dict[str, Any] | None, stored: frozenset[str]) -> Method | None:
+def choose_method(
+    asked: str | None, settings: dict[str, Any] | None, stored: Mapping[str, tuple[int, ...]]
+) -> Method | None:
     """The method for QUANTIZE=asked on a checkpoint with these settings and names of stored tensors.
 
     None: nothing for us to do: plain weights, or a method that transformers itself undoes. Raises ModelLoadError where
@@ -74,19 +75,23 @@ def choose_method(asked: str | None, settings: dict[str, Any] | None, stored: fr
             return FourBit(asked)
         return {"int8": Int8(), "fp8": Fp8AtLoad()}.get(asked) or WeightOnlyInt8(asked)
     method = str(settings.get("quant_method"))
-    if asked is not None and asked != method:
+    if asked is not None and asked not in _names_of(method, settings):
         raise ModelLoadError(
             f"QUANTIZE={asked} contradicts the checkpoint, whose weights are quantized already: {method} "
             f"(quantization_config)"
         )
     if method not in _STORED:
-        if asked is not None or method == "bitsandbytes":
-            raise ModelLoadError(
-                f"checkpoints quantized by {method} are not served; {', '.join(_STORED)} are"
-                + ("; QUANTIZE=bitsandbytes quantizes plain weights at load" if method == "bitsandbytes" else "")
-            )
+        if asked is not None:
+            raise ModelLoadError(f"checkpoints quantized by {method} are not served; {', '.join(_STORED)} are")
         return None
     return _STORED[method](settings, stored)
+
+
+def _names_of(method: str, settings: dict[str, Any]) -> set[str]:
+    """As QUANTIZE may call what the checkpoint says of itself."""
+    if method == "bitsandbytes" and settings.get("load_in_4bit"):
+        return {method, f"{method}-{settings.get('bnb_4bit_quant_type', 'fp4')}"}
+    return {method}
 
 
 class QuantizationHooks(WeightHooks):
@@ -124,7 +129,7 @@ class QuantizationHooks(WeightHooks):
         rest = sum(parameter.numel() for parameter in model.parameters())
         share = self.num_quantized / (self.num_quantized + rest)
         self._summary = (
-            f"{kind}: {num_replaced} of {num_layers} linear layers {self.method.name} ({share:.0%} of all weights), "
+            f"{num_replaced} of {num_layers} linear layers {self.method.name} ({share:.0%} of all weights), "
             f"LM head and embeddings as they are"
         )
 
@@ -132,6 +137,9 @@ class QuantizationHooks(WeightHooks):
         if isinstance(self.method, LoadMethod) and linear.out_features < _LEAST_OUTPUTS:
             return True
         return any(re.fullmatch(rf"(.*\.)?{pattern}(\..*)?", name) for pattern in self._kept)
+
+    def name_in_model(self, name: str) -> str:
+        return self.method.stored_name(name) if isinstance(self.method, StoredMethod) else name
 
     def wants(self, model: torch.nn.Module, name: str) -> bool:
         owner, _, attribute = name.rpartition(".")
@@ -158,8 +166,9 @@ class QuantizationHooks(WeightHooks):
             more = f" and {len(self._mismatched) - 1} more" if len(self._mismatched) > 1 else ""
             raise ModelLoadError(f"the checkpoint has {self._mismatched[0]}{more}: config.json is another model's")
 
-    def finish(self, model: torch.nn.Module) -> None:
-        """After loading: stored layers become the ones that run, one by one, and all get their kernels."""
+    def finish(self, model: torch.nn.Module) -> str:
+        """After loading: stored layers become the ones that run, one by one, and all get their kernels; returns what
+        was done."""
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, StoredLinear):
@@ -168,4 +177,4 @@ class QuantizationHooks(WeightHooks):
             if isinstance(module, QuantizedLinear):
                 module.kernels = self._kernels
         how = "compiled kernels" if self._kernels is not None else "weights are dequantized for every product"
-        logger.info("%s; %s", self._summary, how)
+        return f"{self._summary}, {how}"

@@ -42,6 +42,10 @@ class StoredMethod(Method):
     @abstractmethod
     def replacement(self, linear: torch.nn.Linear, name: str) -> StoredLinear | None: ...
 
+    def stored_name(self, name: str) -> str:
+        """What the model knows the checkpoint's tensor `name` by."""
+        return name
+
 
 class StoredLinear(torch.nn.Module):
     """Receives a layer's tensors under the names and in the shapes of its checkpoint; then becomes the layer itself.

@@ -134,3 +134,38 @@ def packed_groups(bits: int, group_size: int) -> Callable[[torch.Tensor], Packed
         return {"weight_packed": words, "weight_scale": scales, "weight_shape": shape}, meant
 
     return pack
+
+
+def bitsandbytes_int8(weight: torch.Tensor) -> Packed:
+    largest = weight.abs().amax(1)
+    codes = (weight * (127 / largest)[:, None]).round().to(torch.int8)
+    parts = {"weight": codes, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return parts, codes * (largest / 127)[:, None]
+
+
+def bitsandbytes_4bit(kind: str, table: torch.Tensor, *, nested: bool = False) -> Callable[[torch.Tensor], Packed]:
+    """kind: nf4 or fp4; table: what its 16 codes mean. nested: scales as 8-bit codes on a table of 256."""
+
+    def pack(weight: torch.Tensor) -> Packed:
+        blocks = weight.reshape(-1, 64)
+        largest = blocks.abs().amax(1)
+        codes = (blocks / largest[:, None] - table.view(-1, 1, 1)).abs().argmin(0).to(torch.uint8).view(-1, 2)
+        state: dict[str, Any] = {"quant_type": kind, "blocksize": 64, "dtype": "float32", "shape": list(weight.shape)}
+        parts = {"weight": codes[:, :1] << 4 | codes[:, 1:], "weight.quant_map": table.clone()}
+        if nested:
+            offset = float(largest.mean())
+            groups = torch.arange(len(largest)) // 256
+            spread = torch.zeros(int(groups[-1]) + 1).scatter_reduce(0, groups, (largest - offset).abs(), "amax")
+            steps = torch.linspace(-1, 1, 256)
+            nearest = ((largest - offset) / spread[groups] - steps[:, None]).abs().argmin(0)
+            largest = steps[nearest] * spread[groups] + offset
+            parts |= {"weight.absmax": nearest.to(torch.uint8), "weight.nested_absmax": spread}
+            parts["weight.nested_quant_map"] = steps
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
+        else:
+            parts["weight.absmax"] = largest
+        name = f"weight.quant_state.bitsandbytes__{kind}"
+        parts[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        return parts, (table[codes.view(-1, 64).int()] * largest[:, None]).view(weight.shape)
+
+    return pack

@@ -1,0 +1,103 @@
+"""Measure every method of quantization on the demonstration model; writes the table of docs/quantization.md.
+
+Perplexity of a fixed text (scripts/textgen_quantization/alice.txt: the first two chapters of Lewis Carroll's "Alice's
+Adventures in Wonderland", 1865, in the public domain), memory, an answer, and the speed of a decode step beside
+float32's, the two engines taking turns in one process. Each method runs in processes of its own. Results are added to
+those in benchmarks/results/quantization.json, so that the methods may be measured a few at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "model_repository/textgen/1")]
+
+import torch  # noqa: E402
+
+from textgen_quantization.measure import METHODS, folder_of, measure_quality, measure_speed  # noqa: E402
+from textgen_quantization.page import PAGE, RESULTS, write_page  # noqa: E402
+
+BATCHES = (1, 8)
+CONTEXT = 200
+
+
+@click.command(help=__doc__)
+@click.argument("names", nargs=-1)
+@click.option(
+    "--model", type=click.Path(path_type=Path, exists=True), default=ROOT / ".cache/models/smollm2-135m-instruct"
+)
+@click.option("--rounds", default=8, show_default=True, help="of each speed's measurement")
+@click.option("--threads", default=os.cpu_count() or 1, show_default=True)
+@click.option("--page-only", is_flag=True, help=f"write {PAGE.name} from what was measured before")
+@click.option("--only", type=click.Choice(["quality", "speed"]), help="one of the two measurements")
+@click.option("--child", hidden=True, help="the folder of this process's checkpoint")
+def main(
+    names: tuple[str, ...], model: Path, rounds: int, threads: int, page_only: bool, only: str | None, child: str | None
+) -> None:
+    """Measure the methods NAMES, or all of them."""
+    logging.disable(logging.WARNING)
+    unknown = set(names) - METHODS.keys()
+    if unknown:
+        raise click.ClickException(f"no such method: {', '.join(sorted(unknown))}; known: {', '.join(METHODS)}")
+    if child is not None:
+        assert only is not None
+        click.echo(json.dumps(_measure(names[0], model, Path(child), threads, rounds, only)))
+        return
+    if not page_only:
+        for name in names or METHODS:
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = folder_of(METHODS[name], model, Path(scratch))
+                for what in ("quality", "speed") if only is None else (only,):
+                    if (name, what) != ("float32", "speed"):
+                        _record(name, _in_process(name, model, folder, threads, rounds, what), threads)
+    write_page()
+
+
+def _measure(name: str, model: Path, folder: Path, threads: int, rounds: int, what: str) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    method = METHODS[name]
+    if what == "quality":
+        return measure_quality(folder, model, method, threads).as_json()
+    return {
+        f"speed_{batch}": [
+            round(ratio, 3)
+            for ratio in measure_speed(model, folder, method, threads, batch=batch, context=CONTEXT, rounds=rounds)
+        ]
+        for batch in BATCHES
+    }
+
+
+def _in_process(name: str, model: Path, folder: Path, threads: int, rounds: int, what: str) -> dict[str, Any]:
+    options = ["--model", str(model), "--threads", str(threads), "--rounds", str(rounds), "--only", what]
+    command = [sys.executable, __file__, name, *options, "--child", str(folder)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise click.ClickException(f"{name}: {what} could not be measured")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _record(name: str, found: dict[str, Any], threads: int) -> None:
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"methods": {}}
+    results["machine"] = {"cpu": platform.processor() or platform.machine(), "threads": threads}
+    results["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    results["methods"].setdefault(name, {}).update(found)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    shown = {key: statistics.median(value) if isinstance(value, list) else value for key, value in found.items()}
+    click.echo(f"{name}: {shown}")
+
+
+if __name__ == "__main__":
+    main()

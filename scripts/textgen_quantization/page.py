@@ -1,0 +1,50 @@
+"""The table of docs/quantization.md from benchmarks/results/quantization.json."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "quantization.md"
+RESULTS = ROOT / "benchmarks" / "results" / "quantization.json"
+_PLACE = re.compile(r"(<!-- measured: [^>]*-->\n).*(<!-- /measured -->)", re.DOTALL)
+
+
+def write_page() -> None:
+    """Rewrite what is between the marks of the page."""
+    text = PAGE.read_text()
+    results = json.loads(RESULTS.read_text())
+    assert _PLACE.search(text), f"{PAGE} has no marks for the table"
+    PAGE.write_text(_PLACE.sub(lambda place: place[1] + table(results) + place[2], text))
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: one row a method, float32 first, and what each answered."""
+    methods: dict[str, dict[str, Any]] = results["methods"]
+    plain = methods["float32"]
+    rows = [
+        "| method | perplexity | against float32 | layers, MiB | process, MiB | KV cache, bytes a token "
+        "| speed, 1 stream | speed, 8 streams |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in methods.items():
+        more = 100 * (found["perplexity"] / plain["perplexity"] - 1)
+        rows.append(
+            f"| {name} | {found['perplexity']:.3f} | {more:+.2f} % | {found['layer_mib']:.0f} | {found['rss_mib']:.0f} "
+            f"| {found['kv_bytes_per_token']} | {_speed(found, 1)} | {_speed(found, 8)} |"
+        )
+    answers = ["", "| method | answer to “What is the capital of France? Answer in one sentence.” |", "|---|---|"]
+    answers += [f"| {name} | {found['answer']} |" for name, found in methods.items()]
+    return "\n".join(rows + answers) + "\n"
+
+
+def _speed(found: dict[str, Any], batch: int) -> str:
+    ratios = found.get(f"speed_{batch}")
+    if not ratios:
+        return "1"
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
