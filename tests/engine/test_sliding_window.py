@@ -52,8 +52,9 @@ def test_memory_stays_that_of_the_window(family: Path, new_engine: NewEngine) ->
         {"tokens_per_step": 16, "max_sequences": 16},
         {"num_blocks": 48, "max_total_tokens": 150},
         {"guesses": 3, "prefix_caching": False},
+        {"overlap": True, "tokens_per_step": 32, "max_sequences": 16},
     ],
-    ids=["whole", "chunked", "tight", "guesses"],
+    ids=["whole", "chunked", "tight", "guesses", "overlapping steps"],
 )
 def test_texts_are_those_of_transformers(family: Path, new_engine: NewEngine, options: dict[str, int]) -> None:
     """Twice, so that the second time finds the first one's blocks, those given back included."""
