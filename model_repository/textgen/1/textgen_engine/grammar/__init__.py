@@ -2,7 +2,7 @@
 
     parse.py        request JSON -> GrammarSpec (front process; no grammar library)
     compiler.py     GrammarSpec -> CompiledGrammar, beside the engine loop, cached, within a time limit
-    rewrite.py      JSON Schema -> a schema that one backend enforces in full (schema_sets.py has the algebra)
+    rewrite.py      JSON Schema -> a schema that one backend enforces in full (schema_*.py have the algebra)
     masks.py        matchers of one batch -> packed rows of bits
     check.py        a text walked through a grammar without a model
     *_backend.py    one grammar library each, imported when its first grammar comes; *_worker.py is its other side,

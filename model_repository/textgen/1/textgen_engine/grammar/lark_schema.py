@@ -31,15 +31,15 @@ from typing import Any
 
 from textgen_engine.grammar.plain_schema import SchemaWriter
 from textgen_engine.grammar.regex import pattern_of_all_but
-from textgen_engine.grammar.schema_sets import (
+from textgen_engine.grammar.schema_branches import (
     ArrayBranch,
     Branch,
     Expr,
     Inexpressible,
     ObjectBranch,
-    SchemaSets,
     searches,
 )
+from textgen_engine.grammar.schema_sets import SchemaSets
 
 _NUM_BITS = 63  # of the 64 of a rule's parameter: conditions cannot count to 64
 _MAX_PREFIX = 32

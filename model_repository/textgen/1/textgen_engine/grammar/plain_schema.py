@@ -19,7 +19,7 @@ from textgen_engine.grammar.capabilities import Capabilities
 from textgen_engine.grammar.json_schema import map_children
 from textgen_engine.grammar.references import Place, SchemaDocument
 from textgen_engine.grammar.regex import pattern_of_all_but, unsupported_in_pattern
-from textgen_engine.grammar.schema_sets import (
+from textgen_engine.grammar.schema_branches import (
     FALSE,
     FULL,
     TRUE,
@@ -34,14 +34,13 @@ from textgen_engine.grammar.schema_sets import (
     NullBranch,
     NumberBranch,
     ObjectBranch,
-    SchemaSets,
     StringBranch,
     Values,
     canonical,
     conjunction,
-    finite_numbers,
-    plain_number,
 )
+from textgen_engine.grammar.schema_numbers import finite_numbers, plain_number
+from textgen_engine.grammar.schema_sets import SchemaSets
 
 _REWRITTEN = frozenset(
     [

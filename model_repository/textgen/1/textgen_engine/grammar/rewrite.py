@@ -28,7 +28,8 @@ from textgen_engine.grammar.lark_schema import LarkWriter, LibraryForm
 from textgen_engine.grammar.plain_schema import IDENTIFIERS, SchemaWriter
 from textgen_engine.grammar.references import SchemaDocument
 from textgen_engine.grammar.regex import guard_quotes
-from textgen_engine.grammar.schema_sets import Inexpressible, Leaf, SchemaSets, canonical
+from textgen_engine.grammar.schema_branches import Inexpressible, Leaf, canonical
+from textgen_engine.grammar.schema_sets import SchemaSets
 from textgen_engine.grammar.tools import tool_call_schema
 
 

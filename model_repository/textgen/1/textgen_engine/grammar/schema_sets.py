@@ -6,241 +6,56 @@ so recursive schemas stay finite. In this form `not`, `oneOf`, `if`, dependencie
 unions and intersections; what has no such form raises `Inexpressible`, and is then refused by name and place.
 
 Exact unless said otherwise: where a step is stricter than the schema (never looser), `SchemaSets.warnings` says so.
-After Habib, Shinnar, Hirzel, Pradel: "Type Safety with JSON Subschema" (2019), section 3, extended by complements.
+What the sets are made of is in schema_branches.py, sets of numbers in schema_numbers.py, what a branch leaves out in
+schema_complement.py. After Habib, Shinnar, Hirzel, Pradel: "Type Safety with JSON Subschema" (2019), section 3,
+extended by complements.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from itertools import combinations
 from typing import Any
 
 from textgen_engine.grammar.references import Place, SchemaDocument
-
-# Places where an item asked for by `contains` is looked for, counted from the first.
-CONTAINS_WINDOW = 8
-_MAX_UNIQUE_SEQUENCES = 512
-
-
-class Inexpressible(Exception):
-    """A keyword that has no form as a union of branches, with its place."""
-
-    def __init__(self, keyword: str, place: str, reason: str = "") -> None:
-        super().__init__(f"{keyword} at {place}")
-        self.keyword, self.place, self.reason = keyword, place, reason
-
-
-# Expressions: what a subschema allows, unexpanded. Compared by identity of the document's nodes.
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A subschema of the document."""
-
-    place: Place
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Leaf) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        return hash(self._key())
-
-    def _key(self) -> tuple[Any, str]:
-        return (id(self.place.node) if isinstance(self.place.node, dict) else self.place.node, self.place.base)
-
-
-@dataclass(frozen=True)
-class Values:
-    """Exactly these JSON values, as canonical texts."""
-
-    texts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Not:
-    inner: Expr
-
-
-@dataclass(frozen=True)
-class And:
-    """Parts are never And, and occur once."""
-
-    parts: tuple[Expr, ...]
-
-
-@dataclass(frozen=True)
-class Or:
-    parts: tuple[Expr, ...]
-
-
-Expr = Leaf | Values | Not | And | Or
-TRUE: Expr = And(())
-FALSE: Expr = Or(())
-
-
-def conjunction(parts: Iterable[Expr]) -> Expr:
-    flat: dict[Expr, None] = {}
-    for part in parts:
-        for inner in part.parts if isinstance(part, And) else (part,):
-            if inner == FALSE or (isinstance(inner, Leaf) and inner.place.node is False):
-                return FALSE
-            if not (isinstance(inner, Leaf) and (inner.place.node is True or inner.place.node == {})):
-                flat[inner] = None
-    return next(iter(flat)) if len(flat) == 1 else And(tuple(flat))
-
-
-def complement(expr: Expr) -> Expr:
-    if expr == TRUE or (isinstance(expr, Leaf) and (expr.place.node is True or expr.place.node == {})):
-        return FALSE
-    if expr == FALSE or (isinstance(expr, Leaf) and expr.place.node is False):
-        return TRUE
-    return expr.inner if isinstance(expr, Not) else Not(expr)
-
-
-# Branches: sets of values of one JSON type.
-
-
-@dataclass(frozen=True)
-class NullBranch:
-    type = "null"
-
-
-@dataclass(frozen=True)
-class BooleanBranch:
-    type = "boolean"
-    values: frozenset[bool] = frozenset([True, False])
-
-
-@dataclass(frozen=True)
-class NumberBranch:
-    """low, high None: unbounded. multiple: every value is a whole multiple of it (1: integers).
-
-    not_multiples: no value is a whole multiple of any of these.
-    """
-
-    type = "number"
-    low: Fraction | None = None
-    low_open: bool = False
-    high: Fraction | None = None
-    high_open: bool = False
-    multiple: Fraction | None = None
-    values: frozenset[Fraction] | None = None
-    excluded: frozenset[Fraction] = frozenset()
-    not_multiples: frozenset[Fraction] = frozenset()
-
-    def holds(self, value: Fraction) -> bool:
-        return (
-            (self.low is None or value > self.low or (value == self.low and not self.low_open))
-            and (self.high is None or value < self.high or (value == self.high and not self.high_open))
-            and (self.multiple is None or (value / self.multiple).denominator == 1)
-            and (self.values is None or value in self.values)
-            and value not in self.excluded
-            and not any((value / other).denominator == 1 for other in self.not_multiples)
-        )
-
-
-@dataclass(frozen=True)
-class StringBranch:
-    """Lengths in characters. patterns are searched for (ECMA 262), formats asserted by name."""
-
-    type = "string"
-    min_length: int = 0
-    max_length: int | None = None
-    patterns: tuple[str, ...] = ()
-    formats: tuple[str, ...] = ()
-    values: frozenset[str] | None = None
-    excluded: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Contains:
-    """At least `at_least` and at most `at_most` items match."""
-
-    expr: Expr
-    at_least: int
-    at_most: int | None
-
-
-@dataclass(frozen=True)
-class ArrayBranch:
-    """evaluated: how many leading items annotations cover; None for all of them."""
-
-    type = "array"
-    prefix: tuple[Expr, ...] = ()
-    rest: Expr = TRUE
-    min_items: int = 0
-    max_items: int | None = None
-    contains: tuple[Contains, ...] = ()
-    unique: bool = False
-    evaluated: int | None = 0
-
-    def item(self, index: int) -> Expr:
-        return self.prefix[index] if index < len(self.prefix) else self.rest
-
-
-@dataclass(frozen=True)
-class Keys:
-    """One schema's say about property names and values: declared names, then patterns, then all others."""
-
-    properties: tuple[tuple[str, Expr], ...] = ()
-    patterns: tuple[tuple[str, Expr], ...] = ()
-    additional: Expr = TRUE
-
-    def value_of(self, name: str) -> Expr:
-        """What the value of `name` must satisfy. Raises Inexpressible for a pattern Python cannot search."""
-        found = [expr for declared, expr in self.properties if declared == name]
-        found += [expr for pattern, expr in self.patterns if searches(pattern, name)]
-        return conjunction(found) if found else self.additional
-
-
-@dataclass(frozen=True)
-class ObjectBranch:
-    """All of `keys` hold. evaluated: names and patterns that annotations cover; None for all names."""
-
-    type = "object"
-    keys: tuple[Keys, ...] = ()
-    required: tuple[str, ...] = ()
-    min_properties: int = 0
-    max_properties: int | None = None
-    names: tuple[Expr, ...] = ()
-    evaluated: tuple[frozenset[str], frozenset[str]] | None = (frozenset(), frozenset())
-
-    def declared(self) -> list[str]:
-        """Names that some schema mentions, in order of mention."""
-        names = dict.fromkeys(name for keys in self.keys for name, _ in keys.properties)
-        return list(names | dict.fromkeys(self.required))
-
-    def value_of(self, name: str) -> Expr:
-        return conjunction(keys.value_of(name) for keys in self.keys)
-
-
-Branch = NullBranch | BooleanBranch | NumberBranch | StringBranch | ArrayBranch | ObjectBranch
-FULL: tuple[Branch, ...] = (
-    NullBranch(),
-    BooleanBranch(),
-    NumberBranch(),
-    StringBranch(),
-    ArrayBranch(),
-    ObjectBranch(),
+from textgen_engine.grammar.schema_branches import (
+    FALSE,
+    FULL,
+    TRUE,
+    And,
+    ArrayBranch,
+    BooleanBranch,
+    Branch,
+    Contains,
+    Expr,
+    Inexpressible,
+    Keys,
+    Leaf,
+    Not,
+    NullBranch,
+    NumberBranch,
+    ObjectBranch,
+    Or,
+    StringBranch,
+    Values,
+    canonical,
+    complement,
+    conjunction,
+    searches,
+)
+from textgen_engine.grammar.schema_complement import CONTAINS_WINDOW, complement_in_type
+from textgen_engine.grammar.schema_numbers import (
+    finite_numbers,
+    fraction,
+    is_empty_number,
+    meet_numbers,
+    number_branch,
+    plain_number,
 )
 
-
-def searches(pattern: str, text: str) -> bool:
-    """Whether an ECMA 262 pattern is found in a text; raises Inexpressible unless Python surely reads both alike."""
-    shown = repr(pattern)[:100]
-    if re.search(r"\\[pPukcCzZA]|\(\?[<P]|\[\]|\[\^\]", pattern):
-        raise Inexpressible("pattern", shown, "its dialect")
-    if text.endswith("\n") or re.search("[\r\u2028\u2029]", text) or (not text.isascii() and "\\" in pattern):
-        raise Inexpressible("pattern", shown, f"beside the text {text!r:.100}")  # `$`, `.`, classes differ there
-    try:
-        return re.search(pattern, text, re.ASCII) is not None
-    except (re.error, RecursionError, OverflowError):
-        raise Inexpressible("pattern", shown, "its dialect") from None
+_MAX_UNIQUE_SEQUENCES = 512
 
 
 @dataclass
@@ -462,7 +277,7 @@ class SchemaSets:
         if "boolean" in allowed:
             found.append(BooleanBranch())
         if "number" in allowed or "integer" in allowed:
-            found.append(_number(node, integer="number" not in allowed))
+            found.append(number_branch(node, integer="number" not in allowed))
         if "string" in allowed:
             patterns = (node["pattern"],) if "pattern" in node else ()
             formats = (node["format"],) if "format" in node else ()
@@ -565,7 +380,7 @@ class SchemaSets:
         if isinstance(branch, BooleanBranch):
             return not branch.values
         if isinstance(branch, NumberBranch):
-            return _is_empty_number(branch)
+            return is_empty_number(branch)
         if isinstance(branch, StringBranch):
             if branch.values is not None:
                 return not branch.values
@@ -594,98 +409,13 @@ class SchemaSets:
         result: tuple[Branch, ...] = FULL
         for branch in branches:
             others: list[Branch] = [full for full in FULL if type(full) is not type(branch)]
-            result = self.intersect(result, self._keep([*others, *self._complement_in_type(branch, place)]))
+            left_out = complement_in_type(branch, place, self._warn_stricter)
+            result = self.intersect(result, self._keep([*others, *left_out]))
         return result
-
-    def _complement_in_type(self, branch: Branch, place: str) -> Iterator[Branch]:
-        """Values of the branch's own type that are not in it: one branch per constraint, broken."""
-        if isinstance(branch, BooleanBranch):
-            yield BooleanBranch(frozenset([True, False]) - branch.values)
-        elif isinstance(branch, NumberBranch):
-            yield from self._complement_number(branch, place)
-        elif isinstance(branch, StringBranch):
-            if branch.values is not None:
-                yield StringBranch(excluded=branch.values)
-                return
-            if branch.patterns or branch.formats:
-                raise Inexpressible("not", place, "of a pattern or format")
-            if branch.min_length:
-                yield StringBranch(max_length=branch.min_length - 1)
-            if branch.max_length is not None:
-                yield StringBranch(min_length=branch.max_length + 1)
-            if branch.excluded:
-                yield StringBranch(values=branch.excluded)
-        elif isinstance(branch, ArrayBranch):
-            yield from self._complement_array(branch, place)
-        elif isinstance(branch, ObjectBranch):
-            yield from self._complement_object(branch, place)
 
     def _warn_stricter(self, text: str) -> None:
         self.warnings[text] = None
         self._num_stricter += 1
-
-    def _complement_number(self, branch: NumberBranch, place: str) -> Iterator[Branch]:
-        if branch.values is not None:
-            yield NumberBranch(excluded=branch.values)
-            return
-        if branch.low is not None:
-            yield NumberBranch(high=branch.low, high_open=not branch.low_open)
-        if branch.high is not None:
-            yield NumberBranch(low=branch.high, low_open=not branch.high_open)
-        if branch.excluded:
-            yield NumberBranch(values=branch.excluded)
-        if branch.multiple is not None:
-            yield NumberBranch(not_multiples=frozenset([branch.multiple]))
-        for other in branch.not_multiples:
-            yield NumberBranch(multiple=other)
-
-    def _complement_array(self, branch: ArrayBranch, place: str) -> Iterator[Branch]:
-        if branch.unique:
-            raise Inexpressible("not", place, "of uniqueItems")
-        if branch.min_items:
-            yield ArrayBranch(max_items=branch.min_items - 1)
-        if branch.max_items is not None:
-            yield ArrayBranch(min_items=branch.max_items + 1)
-        for index, expr in enumerate(branch.prefix):
-            if expr != TRUE:
-                yield ArrayBranch((*[TRUE] * index, complement(expr)), TRUE, index + 1)
-        if branch.rest == FALSE:
-            yield ArrayBranch(min_items=len(branch.prefix) + 1)
-        elif branch.rest != TRUE:
-            self._warn_stricter(f"`not` at {place}: an item that breaks the rule is among the first {CONTAINS_WINDOW}")
-            for index in range(len(branch.prefix), len(branch.prefix) + CONTAINS_WINDOW):
-                yield ArrayBranch((*[TRUE] * index, complement(branch.rest)), TRUE, index + 1)
-        for wanted in branch.contains:
-            if wanted.at_least > 0:
-                yield ArrayBranch(contains=(Contains(wanted.expr, 0, wanted.at_least - 1),))
-            if wanted.at_most is not None:
-                yield ArrayBranch(contains=(Contains(wanted.expr, wanted.at_most + 1, None),))
-
-    def _complement_object(self, branch: ObjectBranch, place: str) -> Iterator[Branch]:
-        for name in branch.required:
-            yield ObjectBranch((Keys(((name, FALSE),)),))
-        if branch.min_properties:
-            yield ObjectBranch(max_properties=branch.min_properties - 1)
-        if branch.max_properties is not None:
-            yield ObjectBranch(min_properties=branch.max_properties + 1)
-        for keys in branch.keys:
-            for name, expr in keys.properties:
-                if expr != TRUE:
-                    yield ObjectBranch((Keys(((name, complement(keys.value_of(name))),)),), (name,))
-            if any(expr != TRUE for _, expr in keys.patterns):
-                raise Inexpressible("not", place, "of patternProperties")
-            if keys.additional != TRUE:
-                # Some name that is not declared, with a value that breaks the rule: name by name it has no form, but
-                # "more names than the declared ones that are there" has, when any undeclared name is too many.
-                declared = [name for name, _ in keys.properties]
-                if keys.additional != FALSE or keys.patterns or len(declared) > 4:
-                    raise Inexpressible("not", place, "of additionalProperties")
-                for size in range(len(declared) + 1):
-                    for there in combinations(declared, size):
-                        absent = tuple((name, FALSE) for name in declared if name not in there)
-                        yield ObjectBranch((Keys(absent),), there, size + 1)
-        if branch.names:
-            raise Inexpressible("not", place, "of propertyNames")
 
     # Rules that need a bounded number of cases
 
@@ -770,7 +500,7 @@ class SchemaSets:
                 elif isinstance(branch, StringBranch) and branch.values is not None:
                     texts += [canonical(value) for value in self.in_order(branch.values)]
                 elif isinstance(branch, NumberBranch) and (numbers := finite_numbers(branch, most)) is not None:
-                    texts += [canonical(_plain(value)) for value in numbers]
+                    texts += [canonical(plain_number(value)) for value in numbers]
                 else:
                     return None
         except Inexpressible:
@@ -804,7 +534,7 @@ def _meet(left: Branch, right: Branch) -> Branch | None:
     if isinstance(left, BooleanBranch) and isinstance(right, BooleanBranch):
         return BooleanBranch(left.values & right.values)
     if isinstance(left, NumberBranch) and isinstance(right, NumberBranch):
-        return _meet_numbers(left, right)
+        return meet_numbers(left, right)
     if isinstance(left, StringBranch) and isinstance(right, StringBranch):
         return _meet_strings(left, right)
     if isinstance(left, ArrayBranch) and isinstance(right, ArrayBranch):
@@ -857,121 +587,5 @@ def _meet_strings(left: StringBranch, right: StringBranch) -> StringBranch:
     )
 
 
-def _meet_numbers(left: NumberBranch, right: NumberBranch) -> NumberBranch:
-    low, low_open = max(
-        (left.low, left.low_open),
-        (right.low, right.low_open),
-        key=lambda b: (-math.inf if b[0] is None else b[0], b[1]),
-    )
-    high, high_open = min(
-        (left.high, left.high_open),
-        (right.high, right.high_open),
-        key=lambda b: (math.inf if b[0] is None else b[0], not b[1]),
-    )
-    multiple = left.multiple if right.multiple is None else right.multiple
-    if left.multiple is not None and right.multiple is not None:
-        multiple = _least_common_multiple(left.multiple, right.multiple)
-    values = (
-        left.values if right.values is None else right.values if left.values is None else left.values & right.values
-    )
-    both = NumberBranch(
-        low,
-        low_open,
-        high,
-        high_open,
-        multiple,
-        values,
-        left.excluded | right.excluded,
-        left.not_multiples | right.not_multiples,
-    )
-    if values is None:
-        return both
-    return NumberBranch(values=frozenset(value for value in values if both.holds(value)))
-
-
-def _is_empty_number(branch: NumberBranch) -> bool:
-    if branch.values is not None:
-        return not branch.values
-    if branch.multiple is not None and any(
-        (branch.multiple / other).denominator == 1 for other in branch.not_multiples
-    ):
-        return True
-    if branch.low is None or branch.high is None:
-        return False
-    if branch.low == branch.high:
-        return not branch.holds(branch.low)
-    if branch.low > branch.high:
-        return True
-    numbers = finite_numbers(branch, 16)
-    return numbers is not None and not numbers
-
-
-def finite_numbers(branch: NumberBranch, most: int) -> list[Fraction] | None:
-    """The branch's values in order where they are at most about `most`; else None."""
-    if branch.values is not None:
-        return sorted(branch.values)
-    if branch.low is None or branch.high is None:
-        return None
-    if branch.multiple is None:
-        return [branch.low] if branch.low == branch.high and branch.holds(branch.low) else None
-    first, last = math.ceil(branch.low / branch.multiple), math.floor(branch.high / branch.multiple)
-    if last - first > most + len(branch.excluded):
-        return None
-    return [value for k in range(first, last + 1) if branch.holds(value := k * branch.multiple)]
-
-
-def _number(node: dict[str, Any], *, integer: bool) -> NumberBranch:
-    low = fraction(node["minimum"]) if "minimum" in node else None
-    high = fraction(node["maximum"]) if "maximum" in node else None
-    low_open = high_open = False
-    # In draft 4 the exclusive keywords are booleans beside the bounds.
-    bound = node.get("exclusiveMinimum")
-    if bound is True:
-        low_open = True
-    elif bound is not None and bound is not False and (low is None or fraction(bound) >= low):
-        low, low_open = fraction(bound), True
-    bound = node.get("exclusiveMaximum")
-    if bound is True:
-        high_open = True
-    elif bound is not None and bound is not False and (high is None or fraction(bound) <= high):
-        high, high_open = fraction(bound), True
-    multiple = fraction(node["multipleOf"]) if "multipleOf" in node else None
-    if integer:
-        multiple = Fraction(1) if multiple is None else _least_common_multiple(Fraction(1), multiple)
-    return NumberBranch(low, low_open, high, high_open, multiple)
-
-
-def _least_common_multiple(left: Fraction, right: Fraction) -> Fraction:
-    denominator = math.lcm(left.denominator, right.denominator)
-    return Fraction(math.lcm(int(left * denominator), int(right * denominator)), denominator)
-
-
 def _lower(left: int | None, right: int | None) -> int | None:
     return right if left is None else left if right is None else min(left, right)
-
-
-def fraction(value: int | float) -> Fraction:
-    """The number a JSON text wrote (0.1 is one tenth, not the nearest binary fraction)."""
-    return Fraction(value) if isinstance(value, int) else Fraction(repr(value))
-
-
-def _plain(value: Fraction) -> int | float:
-    return int(value) if value.denominator == 1 else float(value)
-
-
-plain_number: Callable[[Fraction], int | float] = _plain
-
-
-def canonical(value: Any) -> str:
-    """One text per JSON value: keys in order, whole numbers without a fraction."""
-
-    def normal(inner: Any) -> Any:
-        if isinstance(inner, float) and inner.is_integer():
-            return int(inner)
-        if isinstance(inner, list):
-            return [normal(item) for item in inner]
-        if isinstance(inner, dict):
-            return {key: normal(item) for key, item in inner.items()}
-        return inner
-
-    return json.dumps(normal(value), ensure_ascii=False)
