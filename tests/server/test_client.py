@@ -69,8 +69,8 @@ def _wait_for_running(server: Any, number: int, timeout_s: float) -> None:
     ids=["text", "messages", "ids", "sampled"],
 )
 def test_stream_equals_generate(client: Client, model: str, request_form: dict[str, Any]) -> None:
-    whole = client.generate(**request_form, model=model, max_new_tokens=24)
-    chunks = list(client.stream(**request_form, model=model, max_new_tokens=24, return_num_output_tokens=True))
+    whole = client.generate(**request_form, model=model, max_new_tokens=10)
+    chunks = list(client.stream(**request_form, model=model, max_new_tokens=10, return_num_output_tokens=True))
     assert "".join(chunk.text for chunk in chunks) == whole.text
     assert len(whole.text) > 0
     assert [chunk.is_final for chunk in chunks].count(True) == 1

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .conftest import Connect
     from .wire import Wire
 
-pytestmark = needs_mounts
+pytestmark = [needs_mounts, pytest.mark.faults]
 SHM_MIB = 48
 
 

@@ -81,7 +81,11 @@ def test_a_stub_of_the_tokenizer_is_killed(mortal: Wire, fault_record: FaultReco
 
 
 @pytest.mark.parametrize(
-    ("role", "fault"), [("textgen", "stub of textgen killed"), ("tritonserver", "tritonserver killed")]
+    ("role", "fault"),
+    [
+        ("textgen", "stub of textgen killed"),
+        pytest.param("tritonserver", "tritonserver killed", marks=pytest.mark.faults),
+    ],
 )
 def test_what_cannot_be_replaced_in_place(mortal: Wire, role: str, fault: str, fault_record: FaultRecord) -> None:
     """Without the launcher, clients of a dead stub would wait for ever."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,10 @@ def test_forced_tokens_are_published(server: RunningServer, client: Client) -> N
 
 
 def test_the_watermark_is_found_in_the_text(server: RunningServer, client: Client) -> None:
-    texts = {}
-    for watermark in (True, False):
-        answer = client.generate(
-            "Once upon a time", max_new_tokens=120, ignore_eos_token=True, temperature=1.0, seed=5, watermark=watermark
-        )
-        texts[watermark] = answer.text
+    asked: dict[str, Any] = {"max_new_tokens": 120, "ignore_eos_token": True, "temperature": 1.0, "seed": 5}
+    with ThreadPoolExecutor(2) as threads:
+        answers = threads.map(lambda on: client.generate("Once upon a time", watermark=on, **asked), (True, False))
+        texts = dict(zip((True, False), (answer.text for answer in answers), strict=True))
     assert detect_watermark(client.tokenize(texts[True])).z_score > 4
     assert abs(detect_watermark(client.tokenize(texts[False])).z_score) < 4
     assert "\nwatermark found\n" in _textgen(server, "detect-watermark", texts[True]).stdout
