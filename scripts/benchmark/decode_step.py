@@ -73,7 +73,9 @@ class MemoryBound:
 
     def __init__(self, engine: Engine, batch: int, context: int) -> None:
         runner = engine._runner
-        self.weight_bytes = sum(p.numel() * p.element_size() for p in runner._loaded.model.parameters())
+        model = runner._loaded.model
+        weights = [*model.parameters(), *model.buffers()]  # packed and quantized ones are buffers
+        self.weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
         per_token = sum(shape.bytes_per_token(runner._loaded.dtype) for shape in runner._loaded.layers)
         self.cache_bytes = batch * context * per_token
         # In pieces like the weights', together far larger than any cache of the processor.

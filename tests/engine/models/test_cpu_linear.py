@@ -1,4 +1,4 @@
-"""The turned product and the compiled kernel equal the plain product, at every row count around their limits."""
+"""The turned product and the packed kernel equal the plain product, at every row count around their limits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from textgen_engine.kernels.cpu import load_kernels
-from textgen_engine.models.cpu_linear import CompiledLinear, CpuLinear, replace_linears
+from textgen_engine.models.cpu_linear import CpuLinear, PackedLinear, replace_linears
 
 
 @pytest.mark.parametrize("rows", [1, 5, 6, 7, 32, 48, 49, 200])
@@ -28,7 +28,35 @@ def test_the_compiled_kernel_equals_linear(rows: int, depth: int, outputs: int, 
     torch.manual_seed(rows)
     linear = torch.nn.Linear(depth, outputs, bias=bias)
     x = torch.randn(1, rows, 2 * depth)[..., ::2]
-    torch.testing.assert_close(CompiledLinear(linear, kernels)(x), linear(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(PackedLinear(linear, kernels)(x), linear(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("depth", "outputs"), [(96, 130), (2500, 64)])  # the second is added up in two parts
+def test_a_row_is_the_same_in_any_batch(depth: int, outputs: int) -> None:
+    kernels = load_kernels(num_threads=2)
+    if kernels is None:
+        pytest.skip("no C++ compiler")
+    torch.manual_seed(1)
+    layer, x = PackedLinear(torch.nn.Linear(depth, outputs), kernels), torch.randn(300, depth)
+    whole = layer(x)
+    for rows in (1, 2, 13, 32, 150):
+        assert torch.equal(layer(x[:rows]), whole[:rows])
+        assert torch.equal(layer(x[-rows:]), whole[-rows:])
+
+
+def test_a_tied_weight_lies_in_memory_once() -> None:
+    kernels = load_kernels(num_threads=2)
+    if kernels is None:
+        pytest.skip("no C++ compiler")
+    model = torch.nn.Sequential(torch.nn.Embedding(200, 96), torch.nn.Linear(96, 200, bias=False))
+    model[1].weight = model[0].weight
+    weight = model[0].weight.detach().clone()
+    assert replace_linears(model, kernels) == 1
+    assert not list(model.parameters())  # but the one packed copy
+    assert torch.equal(model[1].weight, weight)
+    assert torch.equal(model[0](torch.tensor([[0, 199], [31, 32]])), weight[torch.tensor([[0, 199], [31, 32]])])
+    with pytest.raises(IndexError, match="199"):
+        model[0](torch.tensor([200]))
 
 
 def test_without_a_compiler_pytorch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:

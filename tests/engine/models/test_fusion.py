@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from textgen_engine.attention import bridge
 from textgen_engine.attention.base import AttentionMetadata
+from textgen_engine.attention.compiled import CompiledBackend
 from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.config import ModelConfig
 from textgen_engine.kernels.cpu import load_kernels
@@ -26,7 +28,7 @@ def fused_logits(folder: Path, ids: torch.Tensor, *, compiled: bool) -> tuple[in
     kernels = load_kernels(num_threads=2) if compiled else None
     if compiled and kernels is None:
         pytest.skip("no C++ compiler")
-    backend = SdpaBackend()
+    backend = SdpaBackend() if kernels is None else CompiledBackend(kernels)
     loaded = load_model(ModelConfig(str(folder), dtype="float32"), backend, kernels)
     count = ids.shape[1]
     keys = [torch.zeros(1, layer.num_kv_heads, count, layer.head_dim) for layer in loaded.layers]
@@ -64,7 +66,7 @@ def fused_logits(folder: Path, ids: torch.Tensor, *, compiled: bool) -> tuple[in
 def test_fused_equals_stock(
     checkpoint: Callable[[str], Path], family: str, num_fused: int, compiled: bool, num_tokens: int
 ) -> None:
-    """Logits of this model are of size 30 to 100; with few rows the compiled form runs, with 60 the plain one."""
+    """Logits of this model are of size 30 to 100."""
     ids = torch.randint(2, 500, (1, num_tokens), generator=torch.Generator().manual_seed(1))
     found_fused, found = fused_logits(checkpoint(family), ids, compiled=compiled)
     assert found_fused == num_fused
@@ -119,21 +121,23 @@ def test_one_line_says_what_was_applied(checkpoint: Callable[[str], Path], caplo
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_grouped_experts_equal_stock_ones(checkpoint: Callable[[str], Path], family: str) -> None:
-    """Each token's result is its own, whoever stands beside it: few rows run compiled, many by transformers. What is of
-    another form (gpt-oss has transposed weights) stays stock."""
+    """Each token's result is its own, whoever stands beside it. What has another form (gpt-oss is transposed) stays
+    stock."""
     kernels = load_kernels(num_threads=2)
     if kernels is None:
         pytest.skip("no C++ compiler")
     model = stock_model(checkpoint(family))
     stock = [module for module in model.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "down_proj")]
     stock = [module for module in stock if isinstance(module.gate_up_proj, torch.nn.Parameter)]
+    kept = [copy.deepcopy(module) for module in stock]
     num_replaced = replace_experts(model, kernels)
     assert num_replaced == (0 if family == "gpt_oss" else len(stock))
-    for grouped in [module for module in model.modules() if isinstance(module, GroupedExperts)]:
+    replaced = [module for module in model.modules() if isinstance(module, GroupedExperts)]
+    for grouped, expert in zip(replaced, kept, strict=family != "gpt_oss"):
         generator = torch.Generator().manual_seed(2)
         for num_tokens in (1, 2, 17, 60):
-            x = torch.randn(num_tokens, grouped.stock.gate_up_proj.shape[2], generator=generator)
-            weights, index = torch.rand(num_tokens, grouped.stock.num_experts, generator=generator).topk(2)
+            x = torch.randn(num_tokens, expert.gate_up_proj.shape[2], generator=generator)
+            weights, index = torch.rand(num_tokens, expert.num_experts, generator=generator).topk(2)
             with torch.inference_mode():
-                found, expected = grouped(x, index, weights), grouped.stock(x, index, weights)
+                found, expected = grouped(x, index, weights), expert(x, index, weights)
             torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)

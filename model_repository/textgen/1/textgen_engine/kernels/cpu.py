@@ -1,30 +1,36 @@
 """Float32 kernels for the CPU, compiled for the machine at hand from cpu_kernels.cpp, and the way to them.
 
 `load_kernels()` answers None where no C++ compiler is found or the compiled code cannot be used; callers then take
-PyTorch's operations, which are also what the tests compare with: `linear` with torch.nn.functional.linear, `store` and
-`decode` with attention/paging.py and attention/sdpa.py, `layer_in` and `layer_out` with models/fusion.py, all up to
-the order of float32 additions.
+PyTorch's operations, which are also what the tests compare with: `linear` with torch.nn.functional.linear, `attend`
+with attention/paging.py and attention/sdpa.py, `layer` with models/fusion.py, all up to the order of float32 additions.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from textgen_engine.attention.base import AttentionMetadata, Scoring
+
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-_INCLUDED = Path(__file__).with_name("quantized_kernels.h")
+_INCLUDED = tuple(
+    Path(__file__).with_name(name) for name in ("linear_kernels.h", "attention_kernels.h", "quantized_kernels.h")
+)
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno")
 _COMPILE_TIMEOUT_S = 120
 # Dimensions of heads are read in whole vectors of 16 floats.
@@ -38,18 +44,17 @@ class CpuKernels:
     """
 
     def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
-        self._linear, self._store, self._decode = (
-            library.textgen_linear,
-            library.textgen_store,
-            library.textgen_decode,
-        )
+        self._pack, self._take, self._linear = library.textgen_pack, library.textgen_take, library.textgen_linear
+        self._attend, self._layer = library.textgen_attend, library.textgen_layer
+        self._pack.argtypes = _types("pppii")
+        self._take.argtypes = _types("ppppii")
         self._linear.argtypes = _types("pppppiii")
-        self._store.argtypes = _types("piipppiiiii")
-        self._decode.argtypes = _types("ppiipppippiiiiiifiifpp")
-        self._layer_in, self._layer_out = library.textgen_layer_in, library.textgen_layer_out
-        self._layer_in.argtypes = _types("pppppppppiiiiif")
-        self._layer_out.argtypes = _types("pppppppppppppppiiiif")
-        for function in (self._linear, self._store, self._decode, self._layer_in, self._layer_out):
+        library.textgen_block.restype = ctypes.c_int64
+        # Outputs of a packed weight's blocks.
+        self.block: int = library.textgen_block()
+        self._attend.argtypes = _types("pppppppppp")
+        self._layer.argtypes = _types("ppppppppp")
+        for function in (self._pack, self._take, self._linear, self._attend, self._layer):
             function.restype = None
         self._coded_linear, self._integer_linear = library.textgen_coded_linear, library.textgen_integer_linear
         self._coded_linear.argtypes = _types("pippppppp" + "iiii")
@@ -65,25 +70,35 @@ class CpuKernels:
         if pool is not None:
             self._free_pool(pool)
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [num_rows, depth], weight [num_outputs, depth], bias [num_outputs] -> [num_rows, num_outputs].
+    def pack(
+        self, weight: torch.Tensor, empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """weight [num_outputs, depth] -> [blocks, depth, self.block], outputs padded with zeros: the form that the
+        functions below read. empty: gives the memory for it, contiguous; None: PyTorch does."""
+        weight = weight.contiguous()
+        num_outputs, depth = weight.shape
+        shape = (-(-num_outputs // self.block), depth, self.block)
+        packed = weight.new_empty(shape) if empty is None else empty(shape, weight.dtype)
+        self._pack(self._pool, weight.data_ptr(), packed.data_ptr(), depth, num_outputs)
+        return packed
 
-        The weight, contiguous as PyTorch stores it, is read once for up to 6 rows: the packing that fast products
-        usually ask for, and the second copy of the weights it costs, are not needed.
-        """
-        assert weight.is_contiguous() and (bias is None or bias.is_contiguous())
+    def take(self, packed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of a packed weight: ids int64 [num_ids], each below its number of outputs -> [num_ids, depth]."""
+        ids = ids.contiguous()
+        rows = packed.new_empty(len(ids), packed.shape[1])
+        self._take(self._pool, packed.data_ptr(), ids.data_ptr(), rows.data_ptr(), len(ids), packed.shape[1])
+        return rows
+
+    def linear(
+        self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, num_outputs: int
+    ) -> torch.Tensor:
+        """x [num_rows, depth], a packed weight, bias [num_outputs] -> [num_rows, num_outputs]. A row's result is the
+        same to the last bit whatever rows stand beside it."""
+        assert bias is None or bias.is_contiguous()
         x = x.contiguous()
-        output = x.new_empty(x.shape[0], weight.shape[0])
-        self._linear(
-            self._pool,
-            x.data_ptr(),
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            output.data_ptr(),
-            x.shape[0],
-            x.shape[1],
-            weight.shape[0],
-        )
+        output = x.new_empty(x.shape[0], num_outputs)
+        tensors = (x, packed, bias, output)
+        self._linear(self._pool, *(_address(tensor) for tensor in tensors), x.shape[0], x.shape[1], num_outputs)
         return output
 
     def coded_linear(
@@ -130,126 +145,192 @@ class CpuKernels:
         self._integer_linear(self._pool, *(_address(tensor) for tensor in tensors), *(num_rows, depth, weight.shape[0]))
         return output
 
-    def layer_in(
-        self,
-        x: torch.Tensor,
-        norm: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        epsilon: float,
-    ) -> torch.Tensor:
-        """RMSNorm, the joined query, key and value layer, and rotary positions: x [num_rows, hidden], cos and sin
-        [num_rows, dim] -> [num_rows, num_heads + 2 * num_kv_heads, dim]."""
-        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-        num_rows, dim = cos.shape
-        normed = torch.empty_like(x)
-        qkv = x.new_empty(num_rows, num_heads + 2 * num_kv_heads, dim)
-        self._layer_in(
-            self._pool,
-            *(_address(tensor) for tensor in (x, norm, weight, bias, cos, sin, normed, qkv)),
-            *(num_rows, x.shape[1], num_heads, num_kv_heads, dim, epsilon),
-        )
-        return qkv
-
-    def layer_out(
-        self,
-        attended: torch.Tensor,
-        x: torch.Tensor,
-        output: tuple[torch.Tensor, torch.Tensor | None],
-        norm: torch.Tensor,
-        gate_up: tuple[torch.Tensor, torch.Tensor | None],
-        down: tuple[torch.Tensor, torch.Tensor | None],
-        *,
-        epsilon: float,
-    ) -> torch.Tensor:
-        """What follows attention [num_rows, heads * dim] in a layer: the output layer, RMSNorm, the gated SiLU layers
-        and both residual sums, on x [num_rows, hidden]; layers as (weight, bias)."""
-        attended, x = attended.contiguous(), x.contiguous()
-        num_rows, hidden = x.shape
-        intermediate = down[0].shape[1]
-        h, normed, result = (torch.empty_like(x) for _ in range(3))
-        both, activated = x.new_empty(num_rows, 2 * intermediate), x.new_empty(num_rows, intermediate)
-        tensors = (attended, x, *output, norm, *gate_up, *down, h, normed, both, activated, result)
-        self._layer_out(
-            self._pool,
-            *(_address(tensor) for tensor in tensors),
-            *(num_rows, attended.shape[1], hidden, intermediate, epsilon),
-        )
-        return result
-
-    def store(
-        self, source: torch.Tensor, cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor, *, finite: bool
-    ) -> None:
-        """Write source [num_tokens, heads, dim] (last dimension contiguous) to cache [num_blocks, heads, block_size,
-        dim]; with `finite`, what is no number as 0 and infinities as the largest numbers."""
-        assert source.stride(2) == 1 and cache.is_contiguous() and blocks.is_contiguous() and offsets.is_contiguous()
-        self._store(
-            source.data_ptr(),
-            source.stride(0),
-            source.stride(1),
-            cache.data_ptr(),
-            blocks.data_ptr(),
-            offsets.data_ptr(),
-            source.shape[0],
-            source.shape[1],
-            cache.shape[2],
-            cache.shape[3],
-            int(finite),
-        )
-
-    def decode(
+    def attend(
         self,
         query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        block_tables: torch.Tensor,
-        lengths: torch.Tensor,
-        output: torch.Tensor,
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        chunk_size: int | None = None,
-        soft_cap: float | None = None,
-        sinks: torch.Tensor | None = None,
-        alibi_slopes: torch.Tensor | None = None,
-    ) -> None:
-        """One query per sequence: query [n, num_heads, dim] over block_tables int64 [>= n, max_blocks] and lengths
-        int64 [n], into the first n rows of output [>= n, num_heads, value_dim], contiguous. Reads each block once.
-        The options are those of attention.base.Scoring; sinks and slopes float32, contiguous."""
-        assert sinks is None or (sinks.is_contiguous() and sinks.dtype is torch.float32)
-        assert alibi_slopes is None or (alibi_slopes.is_contiguous() and alibi_slopes.dtype is torch.float32)
-        assert query.stride(2) == 1 and keys.is_contiguous() and values.is_contiguous() and output.is_contiguous()
-        assert block_tables.stride(1) == 1 and lengths.is_contiguous()
-        assert query.shape[2] % HEAD_DIM_MULTIPLE == 0 and values.shape[3] % HEAD_DIM_MULTIPLE == 0
-        self._decode(
+        step: StepTables,
+        scoring: Scoring,
+    ) -> torch.Tensor:
+        """Store a step's key and value, then attend, as AttentionBackend.run: query [num_tokens, num_heads, dim], key
+        and value [num_tokens, num_kv_heads, dim or value_dim], their last dimensions contiguous; keys and values the
+        layer's cache -> [num_tokens, num_heads, value_dim]. Dimensions are multiples of HEAD_DIM_MULTIPLE."""
+        assert query.stride(2) == key.stride(2) == value.stride(2) == 1 and query.shape[0] == step.num_tokens
+        shape = _shape(query.shape[1], keys, values)
+        output = query.new_empty(query.shape[0], query.shape[1], values.shape[3])
+        self._attend(
             self._pool,
-            query.data_ptr(),
-            query.stride(0),
-            query.stride(1),
-            keys.data_ptr(),
-            values.data_ptr(),
-            block_tables.data_ptr(),
-            block_tables.stride(0),
-            lengths.data_ptr(),
-            output.data_ptr(),
-            len(lengths),
-            query.shape[1],
-            keys.shape[1],
-            keys.shape[2],
-            query.shape[2],
-            values.shape[3],
-            scale,
-            sliding_window or 0,
-            chunk_size or 0,
-            soft_cap or 0.0,
-            _address(sinks),
-            _address(alibi_slopes),
+            *(_rows(tensor) for tensor in (query, key, value)),
+            *(_address(tensor) for tensor in (keys, values, output)),
+            *(ctypes.byref(structure) for structure in (shape, step.structure, _scoring(scoring))),
         )
+        return output
+
+    def layer(
+        self,
+        layer: GatedLayer,
+        step: StepTables,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        """One whole layer in one call: x [num_tokens, hidden], cos and sin [num_tokens, dim] of all rotary positions,
+        the layer's cache -> [num_tokens, hidden]."""
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        assert x.shape[0] == cos.shape[0] == step.num_tokens
+        output = torch.empty_like(x)
+        tensors = (x, cos, sin, keys, values, output)
+        self._layer(
+            self._pool,
+            *(ctypes.byref(structure) for structure in (layer.structure_for(keys, values), step.structure)),
+            *(_address(tensor) for tensor in tensors),
+        )
+        return output
+
+
+class _Scoring(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_float) for name in ("scale", "soft_cap")),
+        *((name, ctypes.c_int64) for name in ("window", "chunk")),
+        *((name, ctypes.c_void_p) for name in ("sinks", "alibi_slopes")),
+    ]
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "block_size", "dim", "value_dim")]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("token_stride", ctypes.c_int64), ("head_stride", ctypes.c_int64)]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("num_decodes", "num_chunks", "num_tokens")),
+        ("block_tables", ctypes.c_void_p),
+        ("table_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("lengths", "chunk_starts", "slot_blocks", "slot_offsets")),
+    ]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", ctypes.c_void_p), ("epsilon", ctypes.c_float)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Norm) for name in ("input_norm", "query_norm", "key_norm")),
+        *((name, _Norm) for name in ("attention_norm", "mlp_norm", "output_norm")),
+        *((name, ctypes.c_void_p) for name in ("qkv", "qkv_bias", "output", "output_bias")),
+        *((name, ctypes.c_void_p) for name in ("gate_up", "gate_up_bias", "down", "down_bias")),
+        *((name, ctypes.c_int64) for name in ("hidden", "intermediate", "activation")),
+        ("shape", _Shape),
+        ("scoring", _Scoring),
+    ]
+
+
+class Activation(IntEnum):
+    """What a gated MLP does to its gate."""
+
+    SILU = 0
+    GELU_TANH = 1
+
+
+class StepTables:
+    """What all layers of a step share: where keys and values go, and what each sequence sees."""
+
+    def __init__(self, metadata: AttentionMetadata) -> None:
+        starts = list(itertools.accumulate(metadata.query_lens[metadata.num_decodes :], initial=metadata.num_decodes))
+        self.num_tokens = len(metadata.slot_blocks)
+        # Kept, for the structure has their addresses alone.
+        self._lengths = torch.tensor(metadata.seq_lens, dtype=torch.int64)
+        self._starts = torch.tensor(starts, dtype=torch.int64)
+        self._tensors = (metadata.block_tables, metadata.slot_blocks, metadata.slot_offsets)
+        assert metadata.block_tables.stride(1) == 1
+        assert all(tensor.is_contiguous() and tensor.dtype is torch.int64 for tensor in self._tensors[1:])
+        self.structure = _Step(
+            num_decodes=metadata.num_decodes,
+            num_chunks=len(starts) - 1,
+            num_tokens=self.num_tokens,
+            block_tables=_address(metadata.block_tables),
+            table_stride=metadata.block_tables.stride(0),
+            lengths=_address(self._lengths),
+            chunk_starts=_address(self._starts),
+            slot_blocks=_address(metadata.slot_blocks),
+            slot_offsets=_address(metadata.slot_offsets),
+        )
+
+
+class GatedLayer:
+    """A decoder layer with rotary positions, RMSNorms and a gated MLP. Linear layers are (packed weight, bias): query,
+    key and value joined, gate and up joined, each of the latter a multiple of `CpuKernels.block` wide.
+
+    norms: (weight, epsilon) or None, before the layer, of each query head, of each key head, of what attention gives,
+    before the MLP, of what the MLP gives; the first and the fifth are always there.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        scoring: Scoring,
+        activation: Activation,
+        norms: list[tuple[torch.Tensor, float] | None],
+        qkv: tuple[torch.Tensor, torch.Tensor | None],
+        output: tuple[torch.Tensor, torch.Tensor | None],
+        gate_up: tuple[torch.Tensor, torch.Tensor | None],
+        down: tuple[torch.Tensor, torch.Tensor | None],
+    ) -> None:
+        assert norms[0] is not None and norms[4] is not None
+        self._num_heads = num_heads
+        self._kept = (scoring, norms, qkv, output, gate_up, down)  # for the structure has their addresses alone
+        names = ("qkv", "qkv_bias", "output", "output_bias", "gate_up", "gate_up_bias", "down", "down_bias")
+        tensors = (*qkv, *output, *gate_up, *down)
+        places = ("input_norm", "query_norm", "key_norm", "attention_norm", "mlp_norm", "output_norm")
+        self._structure = _Layer(
+            **{name: _address(tensor) for name, tensor in zip(names, tensors, strict=True)},
+            **{
+                place: _Norm() if norm is None else _Norm(_address(norm[0]), norm[1])
+                for place, norm in zip(places, norms, strict=True)
+            },
+            hidden=len(norms[0][0]),
+            intermediate=down[0].shape[1],
+            activation=activation,
+            scoring=_scoring(scoring),
+        )
+
+    def structure_for(self, keys: torch.Tensor, values: torch.Tensor) -> ctypes.Structure:
+        """With the shape of this cache."""
+        self._structure.shape = _shape(self._num_heads, keys, values)
+        return self._structure
+
+
+def _shape(num_heads: int, keys: torch.Tensor, values: torch.Tensor) -> _Shape:
+    assert keys.is_contiguous() and values.is_contiguous()
+    assert keys.shape[3] % HEAD_DIM_MULTIPLE == 0 and values.shape[3] % HEAD_DIM_MULTIPLE == 0
+    return _Shape(num_heads, keys.shape[1], keys.shape[2], keys.shape[3], values.shape[3])
+
+
+def _scoring(scoring: Scoring) -> _Scoring:
+    for tensor in (scoring.sinks, scoring.alibi_slopes):
+        assert tensor is None or (tensor.is_contiguous() and tensor.dtype is torch.float32)
+    return _Scoring(
+        scoring.scale,
+        scoring.soft_cap or 0.0,
+        scoring.sliding_window or 0,
+        scoring.chunk_size or 0,
+        _address(scoring.sinks),
+        _address(scoring.alibi_slopes),
+    )
+
+
+def _rows(tensor: torch.Tensor) -> Any:
+    return ctypes.byref(_Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1)))
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
@@ -277,7 +358,15 @@ def build() -> Path:
     machine that may lack an instruction in it.
     """
     compiler = shutil.which("g++") or shutil.which("clang++")
-    key = "\n".join((_SOURCE.read_text(), _INCLUDED.read_text(), *_FLAGS, platform.machine(), _processor_features()))
+    key = "\n".join(
+        (
+            _SOURCE.read_text(),
+            *(path.read_text() for path in _INCLUDED),
+            *_FLAGS,
+            platform.machine(),
+            _processor_features(),
+        )
+    )
     name = f"cpu_kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     folder = _SOURCE.parent / "build"
     if (folder / name).is_file():

@@ -1,4 +1,4 @@
-// Float32 kernels for decoding on a CPU: a linear layer for few rows, and attention that reads the paged cache.
+// Float32 kernels for a CPU: linear layers, the pieces of a layer around them, and attention that reads the paged cache.
 //
 // Built for the machine at hand by cpu.py, which also states what each function must agree with. A thread pool of our
 // own runs them: between two calls of one step its threads wait awake for some microseconds, and otherwise sleep. While
@@ -13,6 +13,7 @@
 #include <functional>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <sched.h>
@@ -21,7 +22,7 @@ namespace {
 
 // ---- threads --------------------------------------------------------------------------------------------------------
 
-constexpr int kAwakeRounds = 200;  // of sched_yield, about a microsecond each, before a waiting thread sleeps
+constexpr int kAwakeRounds = 1000;  // of sched_yield, some tenths of a microsecond each, before a waiting thread sleeps
 
 class Pool {
   public:
@@ -59,6 +60,14 @@ class Pool {
         while (num_busy_.load() > 0) sched_yield();
     }
 
+    // Room for the one who runs; what is in it lasts until the next call.
+    float* room(int64_t size) {
+        if (static_cast<int64_t>(room_.size()) < size) room_.resize(size);
+        return room_.data();
+    }
+
+    int64_t size() const { return static_cast<int64_t>(threads_.size()) + 1; }
+
   private:
     void take_items() {
         for (int64_t item = next_.fetch_add(1); item < num_items_; item = next_.fetch_add(1)) (*work_)(item);
@@ -80,6 +89,7 @@ class Pool {
     }
 
     std::vector<std::thread> threads_;
+    std::vector<float> room_;
     std::mutex turn_, mutex_;
     std::condition_variable wake_;
     std::atomic<uint64_t> epoch_{0};
@@ -150,86 +160,14 @@ inline void put_some(float* to, Vector value, int64_t count) {
     std::memcpy(to, &value, count * sizeof(float));
 }
 
-// ---- linear ---------------------------------------------------------------------------------------------------------
+#include "linear_kernels.h"
 
-// out[r][o] = x[r] . weight[o] (+ bias[o]) for R rows and O outputs. Each weight is loaded once for all R rows.
-template <int R, int O>
-void linear_tile(const float* x, const float* weight, const float* bias, float* out, int64_t depth, int64_t stride) {
-    Vector acc[R][O] = {};
-    int64_t k = 0;
-    for (; k + kLanes <= depth; k += kLanes) {
-        Vector w[O];
-        for (int o = 0; o < O; ++o) w[o] = load(weight + o * depth + k);
-        for (int r = 0; r < R; ++r) {
-            const Vector row = load(x + r * depth + k);
-            for (int o = 0; o < O; ++o) acc[r][o] += row * w[o];
-        }
-    }
-    for (int r = 0; r < R; ++r)
-        for (int o = 0; o < O; ++o) {
-            float total = sum(acc[r][o]);
-            for (int64_t rest = k; rest < depth; ++rest) total += x[r * depth + rest] * weight[o * depth + rest];
-            out[r * stride + o] = bias ? total + bias[o] : total;
-        }
+inline float finite(float value) {
+    if (std::isnan(value)) return 0.0f;
+    return std::min(std::max(value, -3.4028234663852886e38f), 3.4028234663852886e38f);
 }
 
-template <int O, int R = kTileRows>
-void linear_rows(int rows, const float* x, const float* w, const float* b, float* out, int64_t depth, int64_t stride) {
-    if constexpr (R > 1) {
-        if (rows < R) return linear_rows<O, R - 1>(rows, x, w, b, out, depth, stride);
-    }
-    linear_tile<R, O>(x, w, b, out, depth, stride);
-}
-
-// All rows for outputs [begin, end). The rows are dealt evenly to tiles: 8 rows are 4 + 4, not 6 + 2.
-void linear_outputs(const float* x, const float* weight, const float* bias, float* out, int64_t num_rows, int64_t depth,
-                    int64_t num_outputs, int64_t begin, int64_t end) {
-    const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
-    for (int64_t o = begin; o < end;) {
-        const bool whole = o + kTileOutputs <= end;
-        for (int64_t tile = 0; tile < num_tiles; ++tile) {
-            const int64_t first = num_rows * tile / num_tiles, last = num_rows * (tile + 1) / num_tiles;
-            const float* rows = x + first * depth;
-            const float* w = weight + o * depth;
-            const float* b = bias ? bias + o : nullptr;
-            float* to = out + first * num_outputs + o;
-            if (whole)
-                linear_rows<kTileOutputs>(static_cast<int>(last - first), rows, w, b, to, depth, num_outputs);
-            else
-                linear_rows<1>(static_cast<int>(last - first), rows, w, b, to, depth, num_outputs);
-        }
-        o += whole ? kTileOutputs : 1;
-    }
-}
-
-// ---- attention ------------------------------------------------------------------------------------------------------
-
-// The scores of H query heads against `count` keys of one block: scores[h * stride + j] = query[h] . keys[j].
-template <int H>
-void score_block(const float* query, const float* keys, float* scores, int64_t stride, int64_t count, int64_t dim) {
-    for (int64_t j = 0; j < count; ++j) {
-        Vector acc[H] = {};
-        for (int64_t d = 0; d < dim; d += kLanes) {
-            const Vector key = load(keys + j * dim + d);
-            for (int h = 0; h < H; ++h) acc[h] += load(query + h * dim + d) * key;
-        }
-        for (int h = 0; h < H; ++h) scores[h * stride + j] = sum(acc[h]);
-    }
-}
-
-// output[h] += weights[h] @ values of one block, for H heads.
-template <int H>
-void add_block(const float* weights, int64_t stride, const float* values, float* output, int64_t count, int64_t dim) {
-    for (int64_t d = 0; d < dim; d += kLanes) {
-        Vector acc[H];
-        for (int h = 0; h < H; ++h) acc[h] = load(output + h * dim + d);
-        for (int64_t j = 0; j < count; ++j) {
-            const Vector value = load(values + j * dim + d);
-            for (int h = 0; h < H; ++h) acc[h] += weights[h * stride + j] * value;
-        }
-        for (int h = 0; h < H; ++h) put(output + h * dim + d, acc[h]);
-    }
-}
+#include "attention_kernels.h"
 
 // ---- the pieces of a layer ------------------------------------------------------------------------------------------
 
@@ -244,6 +182,28 @@ void normalise(const float* from, const float* weight, float* to, int64_t size, 
     for (int64_t i = 0; i < size; ++i) to[i] = weight[i] * (from[i] * factor);
 }
 
+struct Norm {
+    const float* weight;  // null: there is none
+    float epsilon;
+
+    void operator()(const float* from, float* to, int64_t size) const { normalise(from, weight, to, size, epsilon); }
+};
+
+// A layer of the form that textgen_layer computes; the layout is known to cpu.py. Weights are packed, biases may be null.
+struct Layer {
+    Norm input_norm, query_norm, key_norm, attention_norm, mlp_norm, output_norm;
+    const float *qkv, *qkv_bias, *output, *output_bias, *gate_up, *gate_up_bias, *down, *down_bias;
+    int64_t hidden, intermediate, activation;
+    Shape shape;
+    Scoring scoring;
+};
+
+inline Vector activated_by(int64_t activation, Vector x) {
+    if (activation == 0) return x / (1.0f + exponential(-x));                     // SiLU
+    const Vector inner = 1.5957691216057308f * (x + 0.044715f * x * x * x);        // GELU by tanh: 2 sqrt(2 / pi)
+    return x / (1.0f + exponential(-inner));
+}
+
 // Pieces of outputs, large enough to be worth a thread's attention, small enough that unequal threads end together.
 int64_t piece_of(int64_t num_outputs) { return std::max<int64_t>(16, num_outputs / 64 / 16 * 16); }
 
@@ -255,21 +215,6 @@ void by_pieces(Pool* pool, int64_t num_outputs, Work work) {
               [&](int64_t item) { work(item * piece, std::min(num_outputs, (item + 1) * piece)); });
 }
 
-// out = x @ weight^T (+ bias) + residual.
-void linear_add(Pool* pool, const float* x, const float* weight, const float* bias, const float* residual, float* out,
-                int64_t num_rows, int64_t depth, int64_t num_outputs) {
-    by_pieces(pool, num_outputs, [&](int64_t begin, int64_t end) {
-        linear_outputs(x, weight, bias, out, num_rows, depth, num_outputs, begin, end);
-        for (int64_t row = 0; row < num_rows; ++row)
-            for (int64_t o = begin; o < end; ++o) out[row * num_outputs + o] += residual[row * num_outputs + o];
-    });
-}
-
-float finite(float value) {
-    if (std::isnan(value)) return 0.0f;
-    return std::min(std::max(value, -3.4028234663852886e38f), 3.4028234663852886e38f);
-}
-
 }  // namespace
 
 extern "C" {
@@ -278,29 +223,62 @@ void* textgen_pool(int num_threads) { return new Pool(num_threads); }
 
 void textgen_free_pool(void* pool) { delete static_cast<Pool*>(pool); }
 
-void textgen_linear(void* pool, const float* x, const float* weight, const float* bias, float* out, int64_t num_rows,
-                    int64_t depth, int64_t num_outputs) {
-    by_pieces(static_cast<Pool*>(pool), num_outputs, [&](int64_t begin, int64_t end) {
-        linear_outputs(x, weight, bias, out, num_rows, depth, num_outputs, begin, end);
+int64_t textgen_block() { return kBlock; }
+
+// packed: room for blocks_of(num_outputs) * depth * kBlock floats.
+void textgen_pack(void* pool, const float* weight, float* packed, int64_t depth, int64_t num_outputs) {
+    static_cast<Pool*>(pool)->run(blocks_of(num_outputs), [&](int64_t block) {
+        float* to = packed + block * depth * kBlock;
+        const int64_t width = std::min<int64_t>(kBlock, num_outputs - block * kBlock);
+        for (int64_t k = 0; k < depth; ++k)
+            for (int64_t i = 0; i < kBlock; ++i)
+                to[k * kBlock + i] = i < width ? weight[(block * kBlock + i) * depth + k] : 0.0f;
     });
 }
 
-// qkv [rows, (heads + 2 kv_heads) * dim] = norm(x) @ weight^T (+ bias), queries and keys turned by cos and sin [rows,
-// dim] (the two halves of a head are the two coordinates). `normed` [rows, hidden] is room to work in.
-void textgen_layer_in(void* handle, const float* x, const float* norm, const float* weight, const float* bias,
-                      const float* cos, const float* sin, float* normed, float* qkv, int64_t num_rows, int64_t hidden,
-                      int64_t num_heads, int64_t num_kv_heads, int64_t dim, float epsilon) {
-    Pool* pool = static_cast<Pool*>(handle);
-    const int64_t num_outputs = (num_heads + 2 * num_kv_heads) * dim, half = dim / 2;
-    for (int64_t row = 0; row < num_rows; ++row)
-        normalise(x + row * hidden, norm, normed + row * hidden, hidden, epsilon);
-    by_pieces(pool, num_outputs, [&](int64_t begin, int64_t end) {
-        linear_outputs(normed, weight, bias, qkv, num_rows, hidden, num_outputs, begin, end);
+// out [num_ids, depth]: rows of a packed weight.
+void textgen_take(void* pool, const float* packed, const int64_t* ids, float* out, int64_t num_ids, int64_t depth) {
+    by_rows(static_cast<Pool*>(pool), num_ids, [&](int64_t row) {
+        const float* from = packed + ids[row] / kBlock * depth * kBlock + ids[row] % kBlock;
+        for (int64_t k = 0; k < depth; ++k) out[row * depth + k] = from[k * kBlock];
     });
-    for (int64_t row = 0; row < num_rows; ++row)
-        for (int64_t head = 0; head < num_heads + num_kv_heads; ++head) {
-            float* first = qkv + row * num_outputs + head * dim;
+}
+
+void textgen_linear(void* pool, const float* x, const float* packed, const float* bias, float* out, int64_t num_rows,
+                    int64_t depth, int64_t num_outputs) {
+    packed_linear(static_cast<Pool*>(pool), x, packed, bias, nullptr, out, num_rows, depth, num_outputs);
+}
+
+void textgen_attend(void* pool, const Rows* query, const Rows* key, const Rows* value, float* keys, float* values,
+                    float* output, const Shape* shape, const Step* step, const Scoring* scoring) {
+    attend(static_cast<Pool*>(pool), *query, *key, *value, keys, values, output, *shape, *step, *scoring);
+}
+
+// A decoder layer: h = x + attention(norm(x)) @ wo^T; out = h + (act(gate) * up) @ wd^T, gate and up = norm(h) @ w^T;
+// what is added to x and h goes through a norm of its own where there is one. `intermediate` is a multiple of kBlock, so
+// that gate and up have blocks of their own. cos and sin: [rows, dim].
+void textgen_layer(void* handle, const Layer* given, const Step* step, const float* x, const float* cos,
+                   const float* sin, float* keys, float* values, float* out) {
+    Pool* pool = static_cast<Pool*>(handle);
+    const Layer& layer = *given;
+    const Shape& shape = layer.shape;
+    const int64_t num_rows = step->num_tokens, hidden = layer.hidden, intermediate = layer.intermediate;
+    const int64_t dim = shape.dim, half = dim / 2, attended_size = shape.num_heads * shape.value_dim;
+    const int64_t qkv_size = (shape.num_heads + shape.num_kv_heads) * dim + shape.num_kv_heads * shape.value_dim;
+    float* normed = pool->room(num_rows * (2 * hidden + std::max(qkv_size + attended_size, intermediate)));
+    float* h = normed + num_rows * hidden;
+    float* qkv = h + num_rows * hidden;
+    float* attended = qkv + num_rows * qkv_size;
+    float* activated = qkv;  // when both are done with
+    by_rows(pool, num_rows,
+            [&](int64_t row) { layer.input_norm(x + row * hidden, normed + row * hidden, hidden); });
+    packed_linear(pool, normed, layer.qkv, layer.qkv_bias, nullptr, qkv, num_rows, hidden, qkv_size);
+    by_rows(pool, num_rows, [&](int64_t row) {
+        for (int64_t head = 0; head < shape.num_heads + shape.num_kv_heads; ++head) {
+            float* first = qkv + row * qkv_size + head * dim;
             float* second = first + half;
+            const Norm& norm = head < shape.num_heads ? layer.query_norm : layer.key_norm;
+            if (norm.weight) norm(first, first, dim);
             const float* c = cos + row * dim;
             const float* s = sin + row * dim;
             for (int64_t d = 0; d < half; ++d) {
@@ -309,115 +287,40 @@ void textgen_layer_in(void* handle, const float* x, const float* norm, const flo
                 second[d] = two * c[half + d] + one * s[half + d];
             }
         }
-}
-
-// What follows attention: h = x + attended @ wo^T; out = h + (silu(gate) * up) @ wd^T, gate and up = norm(h) @ w^T.
-void textgen_layer_out(void* handle, const float* attended, const float* x, const float* wo, const float* bo,
-                       const float* norm, const float* w_gate_up, const float* b_gate_up, const float* wd,
-                       const float* bd, float* h, float* normed, float* gate_up, float* activated, float* out,
-                       int64_t num_rows, int64_t attended_size, int64_t hidden, int64_t intermediate, float epsilon) {
-    Pool* pool = static_cast<Pool*>(handle);
-    linear_add(pool, attended, wo, bo, x, h, num_rows, attended_size, hidden);
-    for (int64_t row = 0; row < num_rows; ++row)
-        normalise(h + row * hidden, norm, normed + row * hidden, hidden, epsilon);
-    by_pieces(pool, intermediate, [&](int64_t begin, int64_t end) {
-        const int64_t both = 2 * intermediate;
-        linear_outputs(normed, w_gate_up, b_gate_up, gate_up, num_rows, hidden, both, begin, end);
-        linear_outputs(normed, w_gate_up, b_gate_up, gate_up, num_rows, hidden, both, intermediate + begin,
-                       intermediate + end);
-        for (int64_t row = 0; row < num_rows; ++row) {
-            const float* gate = gate_up + row * both + begin;
-            const float* up = gate + intermediate;
-            float* to = activated + row * intermediate + begin;
-            by_vectors(end - begin, [&](int64_t i, int64_t count) {
-                const Vector g = load_some(gate + i, count);
-                put_some(to + i, g / (1.0f + exponential(-g)) * load_some(up + i, count), count);
-            });
-        }
     });
-    linear_add(pool, activated, wd, bd, h, out, num_rows, intermediate, hidden);
-}
-
-// Strides are in floats: from one token of the source to the next, and from one head to the next.
-void textgen_store(const float* source, int64_t token_stride, int64_t head_stride, float* cache, const int64_t* blocks,
-                   const int64_t* offsets, int64_t num_tokens, int64_t num_heads, int64_t block_size, int64_t dim,
-                   int64_t only_finite) {
-    for (int64_t token = 0; token < num_tokens; ++token)
-        for (int64_t head = 0; head < num_heads; ++head) {
-            const float* from = source + token * token_stride + head * head_stride;
-            float* to = cache + ((blocks[token] * num_heads + head) * block_size + offsets[token]) * dim;
-            for (int64_t d = 0; d < dim; ++d) to[d] = only_finite ? finite(from[d]) : from[d];
-        }
-}
-
-void textgen_decode(void* pool, const float* query, int64_t token_stride, int64_t head_stride, const float* keys,
-                    const float* values, const int64_t* block_tables, int64_t table_stride, const int64_t* lengths,
-                    float* output, int64_t num_sequences, int64_t num_heads, int64_t num_kv_heads, int64_t block_size,
-                    int64_t dim, int64_t value_dim, float scale, int64_t window, int64_t chunk, float soft_cap,
-                    const float* sinks, const float* alibi_slopes) {
-    const int64_t group = num_heads / num_kv_heads;
-    static_cast<Pool*>(pool)->run(num_sequences * num_kv_heads, [&](int64_t item) {
-        const int64_t sequence = item / num_kv_heads, kv_head = item % num_kv_heads;
-        const int64_t length = lengths[sequence];
-        int64_t first = window > 0 ? std::max<int64_t>(0, length - window) : 0;
-        if (chunk > 0) first = std::max(first, (length - 1) / chunk * chunk);
-        const int64_t first_block = first / block_size, stride = length - first;
-        const int64_t* table = block_tables + sequence * table_stride;
-        static thread_local std::vector<float> scaled, scores;
-        scaled.resize(group * dim);
-        scores.resize(group * stride);
-        for (int64_t h = 0; h < group; ++h)
-            for (int64_t d = 0; d < dim; ++d)
-                scaled[h * dim + d] =
-                    query[sequence * token_stride + (kv_head * group + h) * head_stride + d] * scale;
-        float* out = output + (sequence * num_heads + kv_head * group) * value_dim;
-        std::fill(out, out + group * value_dim, 0.0f);
-
-        auto each_block = [&](auto&& visit) {
-            for (int64_t block = first_block; block * block_size < length; ++block) {
-                const int64_t begin = std::max(first, block * block_size);
-                const int64_t end = std::min(length, (block + 1) * block_size);
-                const int64_t place = (table[block] * num_kv_heads + kv_head) * block_size + begin % block_size;
-                visit(place, begin - first, end - begin);
+    const float* key = qkv + shape.num_heads * dim;
+    attend(pool, {qkv, qkv_size, dim}, {key, qkv_size, dim}, {key + shape.num_kv_heads * dim, qkv_size, shape.value_dim},
+           keys, values, attended, shape, *step, layer.scoring);
+    // out = weights @ from + residual, or + norm(weights @ from).
+    auto add_linear = [&](const float* from, int64_t depth, const float* weight, const float* bias, const Norm& norm,
+                          const float* residual, float* to) {
+        packed_linear(pool, from, weight, bias, norm.weight ? nullptr : residual, to, num_rows, depth, hidden);
+        if (norm.weight)
+            by_rows(pool, num_rows, [&](int64_t row) {
+                norm(to + row * hidden, to + row * hidden, hidden);
+                for (int64_t i = row * hidden; i < (row + 1) * hidden; ++i) to[i] += residual[i];
+            });
+    };
+    add_linear(attended, attended_size, layer.output, layer.output_bias, layer.attention_norm, x, h);
+    by_rows(pool, num_rows, [&](int64_t row) { layer.mlp_norm(h + row * hidden, normed + row * hidden, hidden); });
+    const float* w_up = layer.gate_up + intermediate * hidden;
+    by_blocks(pool, num_rows, intermediate / kBlock, [&](int64_t block, int64_t first, int64_t end) {
+        const int64_t count = end - first, column = block * kBlock;
+        float* gate = scratch(2 * count * kBlock);
+        float* up = gate + count * kBlock;
+        packed_block(normed + first * hidden, hidden, layer.gate_up + column * hidden, gate, kBlock, count);
+        packed_block(normed + first * hidden, hidden, w_up + column * hidden, up, kBlock, count);
+        for (int64_t row = 0; row < count; ++row)
+            for (int64_t i = 0; i < kBlock; i += kLanes) {
+                Vector g = load(gate + row * kBlock + i), u = load(up + row * kBlock + i);
+                if (layer.gate_up_bias) {
+                    g += load(layer.gate_up_bias + column + i);
+                    u += load(layer.gate_up_bias + intermediate + column + i);
+                }
+                put(activated + (first + row) * intermediate + column + i, activated_by(layer.activation, g) * u);
             }
-        };
-        auto by_heads = [&](auto&& call) {  // in fours, then what is left
-            int64_t h = 0;
-            for (; h + 4 <= group; h += 4) call(h, std::integral_constant<int, 4>());
-            if (group - h == 3) call(h, std::integral_constant<int, 3>());
-            if (group - h == 2) call(h, std::integral_constant<int, 2>());
-            if (group - h == 1) call(h, std::integral_constant<int, 1>());
-        };
-        each_block([&](int64_t place, int64_t key, int64_t count) {
-            by_heads([&](int64_t h, auto heads) {
-                score_block<decltype(heads)::value>(&scaled[h * dim], keys + place * dim, &scores[h * stride + key],
-                                                    stride, count, dim);
-            });
-        });
-        for (int64_t h = 0; h < group; ++h) {
-            float* row = &scores[h * stride];
-            const int64_t head = kv_head * group + h;
-            if (soft_cap > 0.0f)
-                for (int64_t j = 0; j < stride; ++j) row[j] = soft_cap * std::tanh(row[j] / soft_cap);
-            if (alibi_slopes)
-                for (int64_t j = 0; j < stride; ++j)
-                    row[j] += alibi_slopes[head] * static_cast<float>(j + 1 - stride);
-            float highest = sinks ? std::max(sinks[head], row[0]) : row[0];
-            for (int64_t j = 1; j < stride; ++j) highest = std::max(highest, row[j]);
-            by_vectors(stride, [&](int64_t j, int64_t count) {
-                put_some(row + j, exponential(load_some(row + j, count) - highest), count);
-            });
-            float total = sinks ? std::exp(sinks[head] - highest) : 0.0f;
-            for (int64_t j = 0; j < stride; ++j) total += row[j];
-            for (int64_t j = 0; j < stride; ++j) row[j] /= total;
-        }
-        each_block([&](int64_t place, int64_t key, int64_t count) {
-            by_heads([&](int64_t h, auto heads) {
-                add_block<decltype(heads)::value>(&scores[h * stride + key], stride, values + place * value_dim,
-                                                  out + h * value_dim, count, value_dim);
-            });
-        });
     });
+    add_linear(activated, intermediate, layer.down, layer.down_bias, layer.output_norm, h, out);
 }
 
 }  // extern "C"

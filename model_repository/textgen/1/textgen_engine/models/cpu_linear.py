@@ -1,16 +1,19 @@
 """Linear layers that stay fast at the row counts of batched decoding on CPUs.
 
 PyTorch's float32 linear multiplies a few rows by a large weight as if each row were alone: 8 rows cost almost 8 times
-one. A compiled kernel reads the weight once for several of them. Where it cannot be compiled, the same product with the
-rows as columns, (W x^T)^T, does better than the plain one.
+one. A compiled kernel on a packed weight reads it once for several of them. Where it cannot be compiled, the same
+product with the rows as columns, (W x^T)^T, does better than the plain one.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from textgen_engine.kernels.cpu import CpuKernels
+from textgen_engine.models.memory import WeightMemory
 
 # Between these numbers of rows the turned product was faster for every layer shape tried (weights of 576 x 960 up to
 # 576 x 49152, two cores with AVX-512, MKL): at 8 rows by 1.2 to 1.6 times, at 16 and 32 by 2 to 2.7. Outside them the
@@ -18,8 +21,8 @@ from textgen_engine.kernels.cpu import CpuKernels
 _LEAST_ROWS = 6
 _MOST_ROWS = 48
 _TILE_ROWS = 16
-# Up to this number of rows the compiled kernel was as fast as the best of the others or faster, for nearly all shapes.
-MOST_COMPILED_ROWS = 48
+# Smaller weights stay as they are: nothing is gained, and a model's code may look at them in every step (a router's).
+_LEAST_PACKED = 1 << 14
 
 
 class CpuLinear(torch.nn.Module):
@@ -42,18 +45,53 @@ class CpuLinear(torch.nn.Module):
         return output if self.bias is None else output + self.bias
 
 
-class CompiledLinear(CpuLinear):
-    """A CpuLinear that takes the compiled kernel for few rows."""
+class PackedLinear(torch.nn.Module):
+    """Stands in for torch.nn.Linear with a packed copy of its weight: x [..., in_features] -> [..., out_features],
+    float32.
 
-    def __init__(self, linear: torch.nn.Linear, kernels: CpuKernels) -> None:
-        super().__init__(linear)
-        self._kernels = kernels
+    Agrees with torch.nn.functional.linear up to the order of float32 additions; a row's result is the same to the last
+    bit whatever rows stand beside it.
+    """
+
+    def __init__(self, linear: Any, kernels: CpuKernels, memory: WeightMemory | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        empty = None if memory is None else memory.empty
+        self.packed: torch.Tensor
+        self.register_buffer("packed", kernels.pack(linear.weight.detach(), empty), persistent=False)
+        self.bias = linear.bias
+        self.kernels = kernels
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight [out_features, in_features] itself, unpacked anew: for code that rarely looks at it."""
+        return self.packed.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() > MOST_COMPILED_ROWS * self.in_features:
-            return super().forward(x)
         rows = x.reshape(-1, self.in_features)
-        return self._kernels.linear(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+        output = self.kernels.linear(rows, self.packed, self.bias, self.out_features)
+        return output.view(*x.shape[:-1], self.out_features)
+
+
+class PackedEmbedding(torch.nn.Module):
+    """Stands in for a torch.nn.Embedding whose weight is also that of a PackedLinear: ids [...] -> [..., depth]."""
+
+    def __init__(self, embedding: torch.nn.Embedding, head: PackedLinear) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx = embedding.padding_idx
+        self._head = (head,)  # not a submodule of this one as well
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self._head[0].weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        head = self._head[0]
+        flat = ids.reshape(-1)
+        if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < self.num_embeddings:
+            raise IndexError(f"a token id outside 0 to {self.num_embeddings - 1}")
+        return head.kernels.take(head.packed, flat).view(*ids.shape, self.embedding_dim)
 
 
 class TiledLinear(CpuLinear):
@@ -77,21 +115,37 @@ def has_hooks(module: torch.nn.Module) -> bool:
 
 
 def replace_linears(model: torch.nn.Module, kernels: CpuKernels | None = None, *, batch_invariant: bool = False) -> int:
-    """Put a CompiledLinear (CpuLinear without kernels, TiledLinear for batch_invariant) in the place of every plain
-    torch.nn.Linear, sharing its parameters; returns how many. One with hooks of its own (a checkpoint's code may set
-    them) stays."""
+    """Put a PackedLinear (without kernels a CpuLinear, for batch_invariant a TiledLinear) in the place of every plain
+    torch.nn.Linear; returns how many. One with hooks of its own (a checkpoint's code may set them) stays.
 
-    def replacement(linear: torch.nn.Linear) -> CpuLinear:
-        if batch_invariant:
-            return TiledLinear(linear)
-        if kernels is None or not linear.weight.is_contiguous():
-            return CpuLinear(linear)
-        return CompiledLinear(linear, kernels)
+    An embedding that shares its weight with a packed layer reads it from there, so that it lies in memory once.
+    """
+    memory = WeightMemory()
+    packed: dict[int, PackedLinear] = {}  # by the address of the weight they were made of
+
+    def replacement(linear: torch.nn.Linear) -> torch.nn.Module:
+        if kernels is None or linear.weight.numel() < _LEAST_PACKED:
+            return TiledLinear(linear) if batch_invariant else CpuLinear(linear)
+        layer = PackedLinear(linear, kernels, memory)
+        packed[linear.weight.data_ptr()] = layer
+        return layer
 
     num_replaced = 0
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is torch.nn.Linear and child.weight.dtype is torch.float32 and not has_hooks(child):
-                setattr(module, name, replacement(child))
-                num_replaced += 1
+    shared = {
+        child.weight.data_ptr(): (module, name, child)
+        for module, name, child in _children(model)
+        if type(child) is torch.nn.Embedding and not has_hooks(child)
+    }
+    for module, name, child in _children(model):
+        if type(child) is torch.nn.Linear and child.weight.dtype is torch.float32 and not has_hooks(child):
+            setattr(module, name, replacement(child))
+            num_replaced += 1
+    for address, layer in packed.items():
+        if address in shared:
+            module, name, embedding = shared[address]
+            setattr(module, name, PackedEmbedding(embedding, layer))
     return num_replaced
+
+
+def _children(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.nn.Module]]:
+    return [(module, name, child) for module in model.modules() for name, child in module.named_children()]

@@ -1,8 +1,8 @@
-"""Experts as grouped products for few rows on the CPU: rows are sorted by expert, and each expert met reads its weights
-once, by the compiled kernel.
+"""Experts as grouped products on the CPU: rows are sorted by expert, and each expert met reads its packed weights once,
+by the compiled kernel.
 
 transformers groups rows as well (its grouped_mm); PyTorch's product of two or three rows by a large matrix is what is
-slow about that. It stays in charge of many rows, and of experts of any other form.
+slow about that. It stays in charge of experts of any other form.
 """
 
 from __future__ import annotations
@@ -12,19 +12,30 @@ from typing import Any
 import torch
 
 from textgen_engine.kernels.cpu import CpuKernels
-from textgen_engine.models.cpu_linear import MOST_COMPILED_ROWS, has_hooks
+from textgen_engine.models.cpu_linear import has_hooks
+from textgen_engine.models.memory import WeightMemory
 
 _TOLERANCE = 1e-4
 _TRIAL_ROWS = 5
 
 
 class GroupedExperts(torch.nn.Module):
-    """Stands in for a module of transformers that holds all experts of a layer in two tensors, and keeps it."""
+    """Stands in for a module of transformers that holds all experts of a layer in two tensors, and keeps it, but for
+    these tensors once `release` is called."""
 
-    def __init__(self, stock: Any, kernels: CpuKernels) -> None:
+    def __init__(self, stock: Any, kernels: CpuKernels, memory: WeightMemory | None = None) -> None:
         super().__init__()
         self.stock = stock
         self._kernels = kernels
+        empty = None if memory is None else memory.empty
+        self._sizes = stock.gate_up_proj.shape[1], stock.down_proj.shape[1]
+        for name, tensor in (("gate_up", stock.gate_up_proj), ("down", stock.down_proj)):
+            for expert, weight in enumerate(tensor.detach()):
+                self.register_buffer(f"{name}_{expert}", kernels.pack(weight, empty), persistent=False)
+
+    def release(self) -> None:
+        """Let the stock module's weights go."""
+        del self.stock.gate_up_proj, self.stock.down_proj
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -32,9 +43,6 @@ class GroupedExperts(torch.nn.Module):
         """hidden_states [num_tokens, hidden], the experts of each token and their weights [num_tokens, k] -> as the
         first."""
         num_tokens, num_chosen = top_k_index.shape
-        if num_tokens > MOST_COMPILED_ROWS:
-            many: torch.Tensor = self.stock(hidden_states, top_k_index, top_k_weights)
-            return many
         chosen, order = top_k_index.reshape(-1).sort(stable=True)
         rows = hidden_states[order // num_chosen]  # [num_tokens * k, hidden], by expert
         counts = torch.bincount(chosen, minlength=self.stock.num_experts).tolist()
@@ -48,18 +56,21 @@ class GroupedExperts(torch.nn.Module):
     def _expert(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
         stock = self.stock
         biases = (stock.gate_up_proj_bias[expert], stock.down_proj_bias[expert]) if stock.has_bias else (None, None)
-        both = self._kernels.linear(rows, stock.gate_up_proj[expert], biases[0])
-        return self._kernels.linear(stock._apply_gate(both), stock.down_proj[expert], biases[1])
+        gate_up, down = self.get_buffer(f"gate_up_{expert}"), self.get_buffer(f"down_{expert}")
+        both = self._kernels.linear(rows, gate_up, biases[0], self._sizes[0])
+        return self._kernels.linear(stock._apply_gate(both), down, biases[1], self._sizes[1])
 
 
 def replace_experts(model: torch.nn.Module, kernels: CpuKernels | None) -> int:
     """Put a GroupedExperts in the place of all experts of a known form that then compute the same; returns how many."""
     num_replaced = 0
+    memory = WeightMemory()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if kernels is not None and _is_known(child) and not isinstance(module, GroupedExperts):
-                grouped = GroupedExperts(child, kernels)
+                grouped = GroupedExperts(child, kernels, memory)
                 if _agree(child, grouped):
+                    grouped.release()
                     setattr(module, name, grouped)
                     num_replaced += 1
     return num_replaced

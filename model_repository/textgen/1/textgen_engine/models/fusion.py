@@ -7,6 +7,7 @@ and one that differs stays stock. Only instances are replaced, never a class of 
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,8 +18,10 @@ from torch.nn import functional
 
 from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata, Scoring
 from textgen_engine.attention.bridge import STEP_ATTRIBUTE
-from textgen_engine.kernels.cpu import CpuKernels
-from textgen_engine.models.cpu_linear import MOST_COMPILED_ROWS, has_hooks
+from textgen_engine.attention.compiled import CompiledBackend
+from textgen_engine.kernels.cpu import Activation, CpuKernels, GatedLayer, StepTables
+from textgen_engine.models.cpu_linear import PackedLinear, has_hooks
+from textgen_engine.models.memory import WeightMemory
 from textgen_engine.models.quantization.linear import IntegerLinear, QuantizedLinear
 
 _TRIAL_ROWS = 3
@@ -103,7 +106,14 @@ class FusedGatedLayer(torch.nn.Module):
 
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def __init__(self, layer: Any, family: Family, trial: Recorder, kernels: CpuKernels | None) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        family: Family,
+        trial: Recorder,
+        kernels: CpuKernels | None,
+        memory: WeightMemory | None = None,
+    ) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.layer_idx = trial.layer
@@ -127,19 +137,39 @@ class FusedGatedLayer(torch.nn.Module):
             self.output_norm = _norm_of(layer.post_feedforward_layernorm)
         else:
             self.mlp_norm = _norm_of(layer.post_attention_layernorm)
-        is_silu = False
         if family.has_experts:
             self.experts = mlp
         else:
             self.gate_up = _join(mlp.gate_proj, mlp.up_proj)
             self.down = mlp.down_proj
             self.activation = mlp.act_fn
-            values = torch.linspace(-4, 4, 9)
-            is_silu = torch.equal(mlp.act_fn(values), functional.silu(values))
-        # The kernels that run several pieces in one call know float32 weights alone, and the plainest family.
-        plain = kernels if type(attention.o_proj) is torch.nn.Linear else None
-        self._kernels_in = None if family.query_key_norms else plain
-        self._kernels_out = plain if is_silu and not family.outer_norms else None
+        self._kernels = kernels if type(attention.o_proj) is torch.nn.Linear else None
+        self._whole: GatedLayer | None = None
+        if self._kernels is not None:
+            for name in ("qkv", "output") if family.has_experts else ("qkv", "output", "gate_up", "down"):
+                setattr(self, name, PackedLinear(getattr(self, name), self._kernels, memory))
+            if self.experts is None:
+                self._whole = self._as_one_call(self._kernels)
+
+    def _as_one_call(self, kernels: CpuKernels) -> GatedLayer | None:
+        """This layer for a kernel that computes all of it, if there is one."""
+        activation = _compiled_activation(self.activation)
+        if activation is None or self.down.in_features % kernels.block:
+            return None
+        qkv, output, gate_up, down = (
+            (linear.packed, linear.bias) for linear in (self.qkv, self.output, self.gate_up, self.down)
+        )
+        norms = (self.input_norm, self.query_norm, self.key_norm, self.attention_norm, self.mlp_norm, self.output_norm)
+        return GatedLayer(
+            num_heads=self.num_heads,
+            scoring=self.scoring,
+            activation=activation,
+            norms=[None if norm is None else (norm.weight, norm.epsilon) for norm in norms],
+            qkv=qkv,
+            output=output,
+            gate_up=gate_up,
+            down=down,
+        )
 
     def forward(
         self,
@@ -152,23 +182,21 @@ class FusedGatedLayer(torch.nn.Module):
     ) -> torch.Tensor:
         x = hidden_states[0]  # [num_tokens, hidden]
         cos, sin = (table[0] for table in position_embeddings)  # [num_tokens, dim]
-        few_rows = x.shape[0] <= MOST_COMPILED_ROWS
-        if few_rows and self._kernels_in is not None and cos.shape[1] == self.head_dim:
-            qkv = self._compiled_in(self._kernels_in, x, cos, sin)
-        else:
-            qkv = self._plain_in(x, cos, sin)
+        plan = attention_metadata.plan
+        if (
+            self._whole is not None
+            and self._kernels is not None
+            and isinstance(plan, StepTables)
+            and type(attention_backend) is CompiledBackend
+            and self.sum_over_ranks is None
+            and cos.shape[1] == self.head_dim
+        ):
+            cache = attention_metadata.keys[self.layer_idx], attention_metadata.values[self.layer_idx]
+            return self._kernels.layer(self._whole, plan, x, cos, sin, *cache)[None]
+        qkv = self._plain_in(x, cos, sin)
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        attended = attention_backend.run(
-            self.layer_idx,
-            query,
-            key,
-            value,
-            attention_metadata,
-            self.scoring,
-        ).reshape(x.shape[0], -1)
-        if few_rows and self._kernels_out is not None and self.sum_over_ranks is None:
-            return self._compiled_out(self._kernels_out, attended, x)[None]
-        return self._plain_out(attended, x)[None]
+        attended = attention_backend.run(self.layer_idx, query, key, value, attention_metadata, self.scoring)
+        return self._plain_out(attended.reshape(x.shape[0], -1), x)[None]
 
     def _plain_in(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         qkv: torch.Tensor = self.qkv(self.input_norm(x))
@@ -196,24 +224,6 @@ class FusedGatedLayer(torch.nn.Module):
     def _sum(self, partial: torch.Tensor) -> torch.Tensor:
         return partial if self.sum_over_ranks is None else self.sum_over_ranks(partial)
 
-    def _compiled_in(self, kernels: CpuKernels, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return kernels.layer_in(
-            x,
-            self.input_norm.weight,
-            self.qkv.weight,
-            self.qkv.bias,
-            cos,
-            sin,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            epsilon=self.input_norm.epsilon,
-        )
-
-    def _compiled_out(self, kernels: CpuKernels, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        output, gate_up, down = ((layer.weight, layer.bias) for layer in (self.output, self.gate_up, self.down))
-        norm = self.mlp_norm
-        return kernels.layer_out(attended, x, output, norm.weight, gate_up, down, epsilon=norm.epsilon)
-
 
 @dataclass
 class Fusion:
@@ -235,6 +245,7 @@ def fuse_layers(
     """Replace what matches a family, in this model alone. Needs a model whose attention is attention/bridge.py's, and
     what each layer asked of it in the whole model. is_part: one rank's, whose experts add up by themselves."""
     done = Fusion()
+    memory = WeightMemory()
     families = [family for family in FAMILIES if not (is_part and family.has_experts)]
     for layers in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
         for index, layer in enumerate(layers):
@@ -242,7 +253,7 @@ def fuse_layers(
             family = next((one for one in families if one.matches(layer)), None)
             if family is None or hasattr(layer, STEP_ATTRIBUTE):
                 continue
-            fused = _tried(family, layer, kernels, scorings)
+            fused = _tried(family, layer, kernels, scorings, memory)
             if fused is None:
                 done.num_differing += 1
             else:
@@ -253,7 +264,11 @@ def fuse_layers(
 
 @torch.inference_mode()
 def _tried(
-    family: Family, layer: Any, kernels: CpuKernels | None, scorings: Mapping[int, Scoring]
+    family: Family,
+    layer: Any,
+    kernels: CpuKernels | None,
+    scorings: Mapping[int, Scoring],
+    memory: WeightMemory,
 ) -> FusedGatedLayer | None:
     """The fused layer, if it computes what the stock layer does."""
     generator = torch.Generator().manual_seed(0)
@@ -268,7 +283,7 @@ def _tried(
         expected = layer(x, attention_mask=None, attention_backend=stock, **keywords)
         stock.scoring = scorings.get(stock.layer, stock.scoring)  # a window may come with the mask, which is not here
         with torch.inference_mode(False):  # parameters that other modes may use too
-            fused = FusedGatedLayer(layer, family, stock, kernels)
+            fused = FusedGatedLayer(layer, family, stock, kernels, memory)
         found = fused(x, attention_backend=ours, **keywords)
         pairs = ((expected, found), (stock.query, ours.query), (stock.key, ours.key), (stock.value, ours.value))
         for right, given in pairs:
@@ -325,6 +340,20 @@ def _norm_of(module: Any) -> FusedNorm:
             if torch.allclose(norm(x), expected, atol=_TOLERANCE * float(expected.abs().max()), rtol=0):
                 return norm
     raise TypeError(f"{type(module).__name__} is no RMSNorm")
+
+
+def _compiled_activation(function: Callable[[torch.Tensor], torch.Tensor]) -> Activation | None:
+    values = torch.linspace(-4, 4, 33)
+    for activation, known in _ACTIVATIONS.items():
+        if torch.allclose(function(values), known(values), atol=1e-6, rtol=0):
+            return activation
+    return None
+
+
+_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    Activation.SILU: functional.silu,
+    Activation.GELU_TANH: functools.partial(functional.gelu, approximate="tanh"),
+}
 
 
 def _kind(linear: torch.nn.Module) -> type[torch.nn.Module] | None:

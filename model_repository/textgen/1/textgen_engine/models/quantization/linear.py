@@ -14,12 +14,13 @@ import torch
 from torch.nn import functional
 
 from textgen_engine.kernels.cpu import CpuKernels
-from textgen_engine.models.cpu_linear import MOST_COMPILED_ROWS
 
 # As many weights are dequantized at a time.
 _PIECE_WEIGHTS = 4 << 20
 # Inputs and groups are multiples of this where the compiled kernels run.
 KERNEL_MULTIPLE = 32
+# Up to this number of rows the compiled kernel of coded weights was as fast as the best of the others or faster.
+_MOST_COMPILED_ROWS = 48
 _INT8_MAX = 127.0
 
 
@@ -137,7 +138,7 @@ class CodedLinear(QuantizedLinear):
             self.kernels is not None
             and rows.dtype is torch.float32
             and rows.device.type == "cpu"
-            and rows.shape[0] <= MOST_COMPILED_ROWS
+            and rows.shape[0] <= _MOST_COMPILED_ROWS
             and self.group_size % KERNEL_MULTIPLE == 0
         )
 
