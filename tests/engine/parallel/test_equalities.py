@@ -6,11 +6,15 @@ How near is said in threads.py.
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from textgen_engine.sampling.params import SamplingParams
 
@@ -59,6 +63,13 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("granite", 2, {}),
     ("cohere", 2, {}),
     ("cohere", 2, {"use_qk_norm": True}),
+    ("qwen3_moe", 2, {}),
+    ("deepseek_v2", 2, {}),
+    ("deepseek_v3", 4, {}),
+    ("deepseek_v3", 2, {"q_lora_rank": None, "attention_bias": True}),
+    ("gpt_oss", 2, {}),
+    ("gpt_oss", 4, {"intermediate_size": 64}),
+    ("codegen", 2, {"num_attention_heads": 8, "rotary_dim": 4}),
 ]
 
 
@@ -72,19 +83,37 @@ def test_ranks_equal_one(
     changes: dict[str, Any],
 ) -> None:
     folder = save_checkpoint(tmp_path / "model", family, **changes) if changes else checkpoint(family)
+    folder = with_biases(folder, tmp_path / "biased")
     assert_alike(new_ranks(folder, world_size), new_ranks(folder, 1))
 
 
+def with_biases(folder: Path, copy: Path) -> Path:
+    """The checkpoint with random numbers for biases, if it has any: transformers makes them zeros, which may be added
+    on every rank and never be noticed."""
+    weights = load_file(folder / "model.safetensors")
+    biases = [name for name in weights if name.endswith("bias")]
+    if not biases:
+        return folder
+    generator = torch.Generator().manual_seed(1)
+    for name in biases:
+        weights[name] = 0.3 * torch.randn(weights[name].shape, generator=generator)
+    shutil.copytree(folder, copy)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("world_size", "options"),
     [
-        {"tokens_per_step": 16},
-        {"block_size": 4, "num_blocks": 40, "max_total_tokens": 150, "tokens_per_step": 32},
+        (4, {"tokens_per_step": 16}),
+        (2, {"block_size": 4, "num_blocks": 40, "max_total_tokens": 150, "tokens_per_step": 32}),
     ],
     ids=["chunked", "preempted"],
 )
-def test_chunking_preemption_and_prefix_cache(new_ranks: NewRanks, llama: Path, options: dict[str, int]) -> None:
-    found, expected = new_ranks(llama, 2, **options), new_ranks(llama, 1, **options)
+def test_chunking_preemption_and_prefix_cache(
+    new_ranks: NewRanks, llama: Path, world_size: int, options: dict[str, int]
+) -> None:
+    found, expected = new_ranks(llama, world_size, **options), new_ranks(llama, 1, **options)
     assert_alike(found, expected, num_tokens=24)
     assert found.num_preemptions == expected.num_preemptions
     assert bool(found.num_preemptions) == ("num_blocks" in options)
@@ -109,3 +138,16 @@ def test_guesses_change_no_token(new_ranks: NewRanks, llama: Path) -> None:
     assert ids_of(found.run(requests_of(PROMPTS, 20))) == ids_of(told)
     num_guessed, num_right = counts(found)
     assert num_guessed > num_right > 20
+
+
+def test_the_real_model_on_four_ranks(new_ranks: NewRanks, model_dir: Path) -> None:
+    """Nine heads in three groups: one rank has a group, the others share two, and none has as much as another. In
+    chunks, beside each other, and with cached prefixes."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    texts = ("The capital of France is", "Once upon a time, in a village by the sea, there lived an old man who")
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    found, expected = (new_ranks(model_dir, world_size, tokens_per_step=12, block_size=8) for world_size in (4, 1))
+    assert_alike(found, expected, prompts, num_tokens=6)
+    again = found.run(requests_of(prompts, 6, prefix="again"))
+    assert ids_of(again) == ids_of(expected.run(requests_of(prompts, 6, prefix="again")))
+    assert any(answer.outputs[0].num_cached_tokens for answer in again.values())

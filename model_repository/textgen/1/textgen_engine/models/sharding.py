@@ -31,6 +31,7 @@ from textgen_engine.parallel.split import (
     Range,
     Shard,
     Slice,
+    blocked_qvk_rows,
     grouped_qkv_rows,
     halves_rows,
     kv_rows,
@@ -48,6 +49,7 @@ _HEAD_LAYOUTS: dict[str, Callable[[int, Heads], tuple[Range, ...]]] = {
     "kv": kv_rows,
     "stacked qkv": stacked_qkv_rows,
     "grouped qkv": grouped_qkv_rows,
+    "blocked qvk": blocked_qvk_rows,
 }
 
 
@@ -57,19 +59,29 @@ class Family:
 
     outputs: layers split by their outputs, with the layout of these. inputs: layers split by their inputs ("query"
     or "inner"), whose results are partial sums. norms: norms over all heads at once, with what they are over.
-    experts: joined experts, with the layout of gate and up.
+    experts: joined experts, with the layout of gate and up ("halves", or "pairs" of one each). whole: what every rank
+    of attention holds.
     """
 
     outputs: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     norms: dict[str, str] = field(default_factory=dict)
     experts: dict[str, str] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
 
 
 _NORMS_OVER_HEADS = Family(
     outputs={"self_attn.q_proj": "query", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"},
     inputs={"self_attn.o_proj": "query"},
     norms={"self_attn.q_norm": "query", "self_attn.k_norm": "kv"},
+)
+# Latent attention: what makes the latent is small and the same for all heads, what makes heads of it is split by heads.
+_LATENT = Family(
+    outputs={"self_attn.q_proj": "query", "self_attn.q_b_proj": "query", "self_attn.kv_b_proj": "query"},
+    inputs={"self_attn.o_proj": "query"},
+    whole=frozenset(
+        f"self_attn.{name}" for name in ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
+    ),
 )
 _JOINED_GATE_UP = Family(outputs={"mlp.gate_up_proj": "halves"}, inputs={"mlp.down_proj": "inner"})
 # By model_type of the configuration.
@@ -89,6 +101,17 @@ FAMILIES: dict[str, Family] = {
     "gptj": Family(
         outputs={"attn.q_proj": "query", "attn.k_proj": "kv", "attn.v_proj": "kv", "mlp.fc_in": "inner"},
         inputs={"attn.out_proj": "query", "mlp.fc_out": "inner"},
+    ),
+    "codegen": Family(
+        outputs={"attn.qkv_proj": "blocked qvk", "mlp.fc_in": "inner"},
+        inputs={"attn.out_proj": "query", "mlp.fc_out": "inner"},
+    ),
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "gpt_oss": Family(
+        outputs={"self_attn.q_proj": "query", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"},
+        inputs={"self_attn.o_proj": "query"},
+        experts={"mlp.experts": "pairs"},
     ),
     "gpt_neox": Family(outputs={"attention.query_key_value": "grouped qkv"}, inputs={"attention.dense": "query"}),
     "opt": Family(
@@ -114,7 +137,7 @@ class Plan:
     """Everything that is split, by names of the whole model's parameters and modules.
 
     slices: parameter -> the rank's part; what is not named is held whole by every rank. heads: per attention module.
-    partial: modules whose results are to be added up. biased: those of them whose bias only rank 0 may add.
+    partial: modules whose results are to be added up. biases: parameters that only rank 0 may add to these.
     norms: norms over all heads, with the whole width. embedding, head: modules split by the vocabulary, if any.
     by_outputs, by_inputs: linear layers, each with the rank's outputs or inputs and how many there are in all.
     """
@@ -124,7 +147,7 @@ class Plan:
     slices: dict[str, Slice] = field(default_factory=dict)
     heads: dict[str, Heads] = field(default_factory=dict)
     partial: list[str] = field(default_factory=list)
-    biased: list[str] = field(default_factory=list)
+    biases: list[str] = field(default_factory=list)
     norms: dict[str, int] = field(default_factory=dict)
     embedding: str | None = None
     head: str | None = None
@@ -242,6 +265,8 @@ def _plan_attention(plan: Plan, name: str, module: Any, config: Any, family: Fam
         elif _declared(full_name, family.inputs) or _stock_style(full_name, stock) == "rowwise":
             layouts[child_name] = "inputs"
             _split_inputs(plan, full_name, child, query_rows(_num_inputs(child), heads))
+        elif any(full_name.endswith(f".{path}") for path in family.whole):
+            continue
         elif _declared(full_name, family.norms) is not None:
             _split_norm(plan, full_name, child, _declared(full_name, family.norms) == "query", heads)
         else:
@@ -299,7 +324,9 @@ def _plan_inner(plan: Plan, name: str, module: Any, family: Family, stock: dict[
     """Split one layer outside attention: part of an MLP, or joined experts."""
     style = _stock_style(name, stock)
     layout = _declared(name, family.outputs)
-    if _declared(name, family.experts) or style == "moe_tp_experts":
+    if _declared(name, family.experts) == "pairs":
+        _split_paired_experts(plan, name, module)
+    elif _declared(name, family.experts) or style == "moe_tp_experts":
         _split_experts(plan, name, module)
     elif not isinstance(module, (torch.nn.Linear, Conv1D)):
         return
@@ -326,6 +353,17 @@ def _split_experts(plan: Plan, name: str, module: Any) -> None:
     plan.partial.append(name)
 
 
+def _split_paired_experts(plan: Plan, name: str, module: Any) -> None:
+    """gate_up_proj [experts, hidden, 2 * inner] of a gate and an up in turn, down_proj [experts, inner, hidden], and a
+    bias for each (gpt-oss)."""
+    start, stop = split_units(module.down_proj.shape[1], plan.shard)
+    plan.slices[f"{name}.gate_up_proj"] = Slice(2, ((2 * start, 2 * stop),))
+    plan.slices[f"{name}.gate_up_proj_bias"] = Slice(1, ((2 * start, 2 * stop),))
+    plan.slices[f"{name}.down_proj"] = Slice(1, ((start, stop),))
+    plan.biases.append(f"{name}.down_proj_bias")
+    plan.partial.append(name)
+
+
 def _split_outputs(plan: Plan, name: str, module: Any, part: tuple[Range, ...]) -> None:
     plan.slices[f"{name}.weight"] = Slice(_output_dim(module), part)
     plan.by_outputs[name] = part, _num_outputs(module)
@@ -338,7 +376,7 @@ def _split_inputs(plan: Plan, name: str, module: Any, part: tuple[Range, ...]) -
     plan.by_inputs[name] = part, _num_inputs(module)
     plan.partial.append(name)
     if module.bias is not None:
-        plan.biased.append(name)
+        plan.biases.append(f"{name}.bias")
 
 
 def _output_dim(module: Any) -> int:
@@ -447,10 +485,8 @@ def connect_ranks(model: torch.nn.Module, plan: Plan, collectives: Collectives) 
 def keep_biases_of_rank_0(model: torch.nn.Module, plan: Plan) -> None:
     """A bias of a partial result is added once: by rank 0, the others hold zeros."""
     if plan.shard.rank:
-        for name in plan.biased:
-            bias = model.get_submodule(name).bias
-            assert isinstance(bias, torch.Tensor)
-            bias.data.zero_()
+        for name in plan.biases:
+            model.get_parameter(name).data.zero_()
 
 
 def _wrap(model: torch.nn.Module, name: str, wrapper: Callable[[Any], torch.nn.Module]) -> None:

@@ -148,6 +148,24 @@ def grouped_qkv_rows(rows: int, heads: Heads) -> tuple[Range, ...]:
     return tuple(_scaled(merged, dim) for merged in _merge(ranges))
 
 
+def blocked_qvk_rows(rows: int, heads: Heads, num_blocks: int = 4) -> tuple[Range, ...]:
+    """Blocks of equally many heads, each with its queries, then its values, then its keys (CodeGen). A rank's part has
+    as many blocks, with fewer heads each. Raises CannotSplit where its heads do not make so many."""
+    size, local_size = heads.num_query // num_blocks, heads.num_local_query // num_blocks
+    if heads.num_query % num_blocks or heads.num_local_query % num_blocks:
+        raise CannotSplit(
+            f"its layers want {num_blocks} blocks of heads on each rank: {heads.num_query} do not make them"
+        )
+    ranges = []
+    for first in range(*heads.query, local_size):
+        for part in range(3):
+            for head in range(first, first + local_size):
+                start = (3 * (head // size) + part) * size + head % size
+                ranges.append((start, start + 1))
+    dim = _rows_per_head(rows, 3 * heads.num_query)
+    return tuple(_scaled(merged, dim) for merged in _merge(ranges))
+
+
 def halves_rows(rows: int, shard: Shard) -> tuple[Range, ...]:
     """Two layers of the same width, one behind the other (gate and up): the rank's part of each."""
     half = rows // 2

@@ -34,7 +34,7 @@ PREPARATIONS: dict[str, Preparation] = {
     "mpt": Preparation(alibi.prepare_mpt, can_be_split=True),
     "falcon": Preparation(falcon.prepare, "sdpa", can_be_split=True),  # its eager form adds the linear biases twice
     "gptj": Preparation(inner_attention.prepare, can_be_split=True),
-    "codegen": Preparation(inner_attention.prepare),
+    "codegen": Preparation(inner_attention.prepare, can_be_split=True),
     "gpt_neo": Preparation(inner_attention.prepare_gpt_neo),
     "gpt_neox_japanese": Preparation(inner_attention.prepare),
     "llama4": Preparation(llama4.prepare),
