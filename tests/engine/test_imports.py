@@ -46,6 +46,7 @@ LAYERS = [
         "kernels",
         "adapters",
         "parallel.split",
+        "parallel.small_sums",
         "parallel.group",
         "parallel.linear",
         "speculation",

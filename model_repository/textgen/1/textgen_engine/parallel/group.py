@@ -8,6 +8,7 @@ their own, not torch.distributed's global one, so several can live in one proces
 from __future__ import annotations
 
 import pickle
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from textgen_engine.errors import RankFailure
+from textgen_engine.parallel.small_sums import Capability, SmallSums, capability_of, join_small_sums
 
 # What one message of rank 0 carries in its first broadcast, in 32-bit words; longer ones take a second broadcast.
 # 16 KiB hold a decode step of 32 sequences of 1900 tokens each.
@@ -63,22 +65,28 @@ class Collectives:
         self.rank, self.world_size = rank, world_size
         self.traffic = Traffic()
         self._timeout = timedelta(seconds=timeout_s)
+        self._small_sums: SmallSums | None = None
         try:
             self._control = _gloo(PrefixStore("control", store), rank, world_size, address, _IDLE_S)
             tensors = PrefixStore("tensors", store)
             if device is not None and device.type == "cuda":
                 self._tensors: Any = _nccl(tensors, rank, world_size, timeout_s)
+                self._small_sums = self._join_small_sums(store, device)
             else:
                 self._tensors = _gloo(tensors, rank, world_size, address, timeout_s)
         except RuntimeError as error:
             raise RankFailure(f"the {world_size} ranks did not find together: {_first_line(error)}") from error
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in the tensor given (a contiguous copy where it is not contiguous)."""
+        """The sum over all ranks; the tensor given may be overwritten with it."""
         tensor = tensor.contiguous()
         self.traffic.num_all_reduces += 1
         self.traffic.all_reduce_bytes += tensor.nbytes
         try:
+            if self._small_sums is not None:
+                summed = self._small_sums.all_reduce(tensor)
+                if summed is not None:
+                    return summed
             self._tensors.allreduce([tensor]).wait()
         except RuntimeError as error:
             raise self._failure(error) from error
@@ -152,6 +160,27 @@ class Collectives:
         """Leave the groups; what others still wait for fails at once."""
         for group in (self._tensors, self._control):
             group.abort()
+
+    def _join_small_sums(self, store: Store, device: torch.device) -> SmallSums | None:
+        hosts = [name.decode() for name in self._gather_bytes(socket.gethostname().encode()[:64])]
+        own = capability_of(device, hosts)
+        flags = self._gather_bytes(bytes((own.operations, own.peers, own.multicast)))
+        capability = own
+        for given in flags:
+            capability = capability.shared_with(Capability(*(bool(flag) for flag in given)))
+
+        def agree(is_so: bool) -> bool:
+            return all(answer == b"y" for answer in self._gather_bytes(b"y" if is_so else b"n"))
+
+        return join_small_sums(store, self.rank, self.world_size, device, capability, agree)
+
+    def _gather_bytes(self, given: bytes, length: int = 64) -> list[bytes]:
+        """On every rank what each gave, by rank: at most `length` bytes."""
+        own = torch.frombuffer(bytearray(bytes((len(given),)) + given.ljust(length)), dtype=torch.uint8)
+        everyone = [torch.empty_like(own) for _ in range(self.world_size)]
+        self._control.allgather([everyone], [own]).wait()
+        raw = [tensor.numpy().tobytes() for tensor in everyone]
+        return [words[1 : 1 + words[0]] for words in raw]
 
     def _broadcast(self, tensor: torch.Tensor) -> None:
         options = dist.BroadcastOptions()
