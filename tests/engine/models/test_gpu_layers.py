@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from textgen_engine.attention import bridge
+from textgen_engine.kv_cache import KVCache
+from textgen_engine.model_runner import ModelRunner
 from textgen_engine.models.gpu_layers import LayerKernels, fuse_gpu_layers
 from textgen_engine.models.loader import load_model
 from textgen_engine.models.trial import check_results, probe_layers, stock_logits
 
-from ..test_cuda_graphs import flash
+from ..test_cuda_graphs import flash, step
 from ..tiny import FAMILIES, make_config
 
 
@@ -89,6 +92,20 @@ def test_in_bfloat16(models: Callable[..., torch.nn.Module]) -> None:
     needs = probe_layers(model, device, {"logits_to_keep": 1})
     assert fuse_gpu_layers(model, backend, reference_kernels(), needs.scorings) == 2
     check_results(model, backend, [needs.shapes[0], needs.shapes[1]], expected, torch.bfloat16)
+
+
+def test_layers_that_are_all_fused_need_no_masks(models: Callable[..., torch.nn.Module], llama: Path) -> None:
+    loaded = replace(load_model(make_config(llama).model, flash()), model=models("llama", torch.float32))
+    needs = probe_layers(loaded.model, loaded.device, {"logits_to_keep": 1})
+    tables = torch.arange(20).view(5, 4)
+    logits = []
+    for fuses in (False, True):
+        if fuses:
+            assert fuse_gpu_layers(loaded.model, flash(), reference_kernels(), needs.scorings) == len(loaded.layers)
+        cache = KVCache(loaded.layers, num_blocks=20, block_size=4, dtype=torch.float32, device=loaded.device)
+        runner = ModelRunner(replace(loaded, reads_masks=not fuses), flash(), cache)
+        logits.append(runner.forward(step(cache, [1, 1, 1], tables, 0), ()))
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
 
 
 def test_without_kernels_nothing_is_replaced(models: Callable[..., torch.nn.Module]) -> None:

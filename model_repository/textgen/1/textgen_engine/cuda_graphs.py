@@ -113,6 +113,8 @@ class DecodeGraphs:
         self._buffers = _Buffers.allocate(num_rows, max_blocks, self._scratch, device)
         self._graphs: dict[int, tuple[Replay, torch.Tensor]] = {}
         started_s = time.monotonic()
+        # One row of a short text first: what cannot be captured says so before anything is run at its largest.
+        forward(self._inputs(1, 1, cache))
         for size in reversed(self._sizes):
             inputs = self._inputs(size, max_seq_len, cache)
             self._graphs[size] = capturer(lambda inputs=inputs: forward(inputs))  # type: ignore[misc]

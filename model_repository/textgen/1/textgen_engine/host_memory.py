@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-import psutil
-
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes() -> int:
     """Bytes that can be taken without swapping and without crossing the container's limit (cgroup v2)."""
+    import psutil  # here: on a GPU the engine gets by without it
+
     available = int(psutil.virtual_memory().available)
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()

@@ -44,6 +44,9 @@ class ModelRunner:
         self._adapters = adapters
         self._ranks = ranks
         self._graphs: DecodeGraphs | None = None
+        # transformers takes a mask of four dimensions for a finished one. Without any it makes one, and first asks the
+        # device whether there are several texts, for which the host has to wait.
+        self._no_mask = None if loaded.reads_masks else torch.zeros(1, 1, 1, 1, device=loaded.device)
         self.cache = cache
         self.device = loaded.device
         if ranks is not None and ranks.rank == 0:
@@ -106,6 +109,7 @@ class ModelRunner:
             input_ids=inputs.input_ids[None],
             position_ids=inputs.positions[None],
             use_cache=False,
+            attention_mask=self._no_mask,
             attention_metadata=inputs.attention,
             attention_backend=self._backend,
             # A step without rows to sample still asks for one: an empty matrix product is an error in some kernels.

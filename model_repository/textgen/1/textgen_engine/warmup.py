@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 
 from textgen_engine.attention.base import AttentionBackend
@@ -130,6 +129,8 @@ def _peak_bytes(work: Callable[[], None], device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_reserved(device) - before
+    import psutil  # here: on a GPU the engine gets by without it
+
     before = psutil.Process().memory_info().rss
     with contextlib.suppress(OSError):  # some containers forbid it: then an earlier peak may hide part of this one
         # Linux: writing 5 resets the process's peak resident size, so that it is the peak of the work alone.

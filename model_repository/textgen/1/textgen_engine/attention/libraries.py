@@ -14,6 +14,7 @@ The last query row of a sequence sees its last key ("bottom right" causality, th
 from __future__ import annotations
 
 import importlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -212,7 +213,7 @@ class FlashAttention4(VarlenLibrary):
 
 
 class TorchVarlen(VarlenLibrary):
-    """torch.nn.attention.varlen's varlen_attn (PyTorch 2.11 and later, which has block tables): flash-attn 2 inside."""
+    """torch.nn.attention.varlen's varlen_attn: flash-attn 2 inside. What it takes has grown from version to version."""
 
     name = "torch"
     features = frozenset({"sliding_window"})
@@ -220,6 +221,15 @@ class TorchVarlen(VarlenLibrary):
     def __init__(self, module: Any) -> None:
         self._varlen: Callable[..., Any] = module.varlen_attn
         self._wants_log_sums = module.AuxRequest(lse=True)
+        takes = inspect.signature(self._varlen).parameters
+        self._missing = [name for name in ("return_aux", "window_size", "enable_gqa") if name not in takes]
+        self._takes_pages = "block_table" in takes and "seqused_k" in takes
+
+    def lacks(self, need: Need) -> str | None:
+        return f"this PyTorch's takes no {self._missing[0]}" if self._missing else super().lacks(need)
+
+    def lacks_pages(self, need: Need) -> str | None:
+        return super().lacks_pages(need) if self._takes_pages else "this PyTorch's takes no block tables"
 
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Spans, scoring: Scoring
@@ -241,7 +251,8 @@ class TorchVarlen(VarlenLibrary):
             enable_gqa=query.shape[1] != keys.shape[-2],
             **paged,
         )
-        return output, log_sums
+        # Documented as [num_rows, num_heads]; the kernel inside gives [num_heads, num_rows].
+        return output, log_sums if len(log_sums) == query.shape[1] else log_sums.t()
 
 
 # In order of preference.

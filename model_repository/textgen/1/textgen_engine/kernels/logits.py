@@ -44,29 +44,29 @@ def apply_bitmask_reference(logits: torch.Tensor, row_ids: torch.Tensor, bits: t
 
 
 def race_scores(
-    logits: torch.Tensor, temperature: torch.Tensor, id_hashes: torch.Tensor, keys: torch.Tensor
+    logits: torch.Tensor, top: torch.Tensor, temperature: torch.Tensor, id_hashes: torch.Tensor, keys: torch.Tensor
 ) -> torch.Tensor:
-    """What a race over the whole vocabulary is decided by: logits [n, vocab_size] float32 over temperature [n, 1] plus
-    Gumbel noise of (id_hashes int32 [vocab_size], keys int32 [n, 2]), see sampling/randomness.py -> float32
-    [n, vocab_size]. One pass in place of a dozen."""
+    """What a race over the whole vocabulary is decided by: logits float32 [n, vocab_size], less top [n, 1], over
+    temperature [n, 1], plus Gumbel noise of (id_hashes int32 [vocab_size], keys int32 [n, 2]), see
+    sampling/randomness.py -> float32 [n, vocab_size]. One pass in place of a dozen."""
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1 and id_hashes.is_contiguous() and keys.is_contiguous()
-    inverse = temperature.reciprocal().to(torch.float32).contiguous()
+    top, temperature = (column.to(torch.float32).contiguous() for column in (top, temperature))
     scores = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if num_rows:
         tile = min(_TILE, triton.next_power_of_2(vocab_size))
         _race_scores[(num_rows, triton.cdiv(vocab_size, tile))](
-            logits, inverse, id_hashes, keys, scores, logits.stride(0), vocab_size, TILE=tile, num_warps=4
+            logits, top, temperature, id_hashes, keys, scores, logits.stride(0), vocab_size, TILE=tile, num_warps=4
         )
     return scores
 
 
 def race_scores_reference(
-    logits: torch.Tensor, temperature: torch.Tensor, id_hashes: torch.Tensor, keys: torch.Tensor
+    logits: torch.Tensor, top: torch.Tensor, temperature: torch.Tensor, id_hashes: torch.Tensor, keys: torch.Tensor
 ) -> torch.Tensor:
     """The same with PyTorch's operations."""
     noise = randomness.gumbel_noise(randomness.noise_bits(id_hashes, keys), torch.float32)
-    return logits * temperature.reciprocal().to(torch.float32) + noise
+    return (logits - top) / temperature.to(torch.float32) + noise
 
 
 @triton.jit
@@ -85,7 +85,15 @@ def _apply_bitmask(
 
 @triton.jit
 def _race_scores(
-    logits_ptr, inverse_ptr, hashes_ptr, keys_ptr, scores_ptr, logits_stride, vocab_size, TILE: tl.constexpr
+    logits_ptr,
+    top_ptr,
+    temperature_ptr,
+    hashes_ptr,
+    keys_ptr,
+    scores_ptr,
+    logits_stride,
+    vocab_size,
+    TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -106,5 +114,5 @@ def _race_scores(
     rest = 1.0 - uniform
     log_rest = tl.where(rest == 1.0, -uniform, tl.log(rest) * (uniform / (1.0 - rest)))
     noise = -tl.log(-log_rest)
-    scores = logits * tl.load(inverse_ptr + row) + noise
+    scores = (logits - tl.load(top_ptr + row)) / tl.load(temperature_ptr + row) + noise
     tl.store(scores_ptr + row * vocab_size + tokens, scores, mask=mask)

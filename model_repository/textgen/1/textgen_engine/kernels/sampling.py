@@ -13,7 +13,7 @@ class SamplingKernels:
     """See kernels/logits.py."""
 
     apply_bitmask: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-    race_scores: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    race_scores: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def sampling_kernels(device: torch.device) -> SamplingKernels | None:

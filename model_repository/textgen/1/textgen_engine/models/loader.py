@@ -13,6 +13,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import is_accelerate_available
 
 from textgen_engine.attention import bridge
 from textgen_engine.attention.base import AttentionBackend
@@ -65,7 +66,7 @@ class LoadedModel:
     eos_token_ids: every id that ends a text. takes_logits_rows: the model's forward accepts logits_to_keep.
     window: the widest of the layers' sliding windows, where all have one.
     plan: set where the model is one rank's part; `connect` has then to be called before the first step. tokenizer: None
-    on ranks other than 0.
+    on ranks other than 0. reads_masks: False where every layer knows its mask already (models/gpu_layers.py).
     """
 
     model: torch.nn.Module
@@ -79,6 +80,7 @@ class LoadedModel:
     takes_logits_rows: bool
     window: int | None = None
     plan: Plan | None = None
+    reads_masks: bool = True
 
     def connect(self, collectives: Collectives) -> None:
         """Join this rank's part with the others'; every rank does so once."""
@@ -162,6 +164,7 @@ def load_model(
     # A rank's part is tried by itself: its partial results are as good a measure as whole ones.
     vocab_size = text_config.vocab_size if plan is None else plan.num_local_ids
     expected = stock_logits(model, vocab_size, device, stock_attention)
+    reads_masks = True
     max_positions = _max_positions(text_config) - (0 if preparation is None else preparation.skipped(text_config))
     try:
         if preparation is not None:
@@ -189,6 +192,7 @@ def load_model(
         elif fused and shard is None and isinstance(backend, FlashBackend):
             num_fused = fuse_gpu_layers(model, backend, triton_kernels(), needs.scorings)
             applied.append(f"{num_fused} layers of kernels in Triton's language")
+            reads_masks = num_fused < len(layers)
         if expected is not None:
             check_results(model, backend, layers, expected, dtype, rounds_activations=_rounds_activations(model))
     return_freed()
@@ -208,6 +212,7 @@ def load_model(
         takes_logits_rows=takes_rows,
         window=window,
         plan=plan,
+        reads_masks=reads_masks,
     )
 
 
@@ -235,7 +240,7 @@ def read_model(
         "ignore_mismatched_sizes": True,  # they are reported, and refused by the caller with their names
         "output_loading_info": True,
     }
-    if device.type != "cpu":
+    if device.type != "cpu" and is_accelerate_available():  # without it weights take the way through host memory
         keywords["device_map"] = {"": device}
     if not checkpoint.shards or getattr(hf_config, "quantization_config", None) is not None:
         if hooks is not None:

@@ -292,7 +292,7 @@ class Sampler:
         """A race over the whole vocabulary: sifted in float32, decided in float64. [n, vocab] -> [n]."""
         top = largest_finite(logits)
         if self._kernels is not None:
-            scores = self._kernels.race_scores(logits, temperature, self._id_hashes, keys)
+            scores = self._kernels.race_scores(logits, top, temperature, self._id_hashes, keys)
         else:
             scores = randomness.gumbel_noise(randomness.noise_bits(self._id_hashes, keys), torch.float32)
             scores += torch.sub(logits, top).div_(temperature.to(torch.float32))

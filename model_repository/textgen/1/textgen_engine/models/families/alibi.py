@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.bloom.modeling_bloom import BloomAttention, _get_alibi_slopes
+from transformers.models.bloom import modeling_bloom
+from transformers.models.bloom.modeling_bloom import BloomAttention
 from transformers.models.mpt.modeling_mpt import MptAttention, build_mpt_alibi_tensor
 
 from textgen_engine.models.families.step import carry_step, paged, slopes_of_rank, use_paged_masks
@@ -20,7 +21,7 @@ def prepare_bloom(model: Any) -> None:
     use_paged_masks(model)
     for attention in model.modules():
         if isinstance(attention, BloomAttention):
-            slopes_of = functools.partial(_get_alibi_slopes, device=attention.dense.weight.device)
+            slopes_of = functools.partial(modeling_bloom._get_alibi_slopes, device=attention.dense.weight.device)
             slopes = slopes_of_rank(attention, attention.num_heads, slopes_of)
             attention.alibi_slopes = slopes.float().contiguous()
             attention.forward = types.MethodType(_bloom_attention, attention)

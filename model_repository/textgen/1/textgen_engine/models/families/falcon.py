@@ -11,7 +11,7 @@ import types
 from typing import Any
 
 import torch
-from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
+from transformers.models.bloom import modeling_bloom
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
 from textgen_engine.models.families.step import carry_step, paged, slopes_of_rank, use_paged_masks
@@ -28,7 +28,7 @@ def prepare(model: Any) -> None:
                 # transformers keeps them in bfloat16, scales them like the scores, and rounds each bias to bfloat16 as
                 # well; that last step loses distances beyond 256 tokens, and is left out.
                 device = attention.dense.weight.device
-                slopes_of = functools.partial(_get_alibi_slopes, device=device)
+                slopes_of = functools.partial(modeling_bloom._get_alibi_slopes, device=device)
                 slopes = slopes_of_rank(attention, attention.num_heads, slopes_of).bfloat16().float()
                 attention.alibi_slopes = (slopes * attention.inv_norm_factor).contiguous()
             attention.forward = types.MethodType(_attention, attention)
