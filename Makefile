@@ -25,7 +25,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup serve test test-models test-faults soak audit lint bench bench-compare rivals check-image
-.PHONY: monitoring-tools clean
+.PHONY: gpu-check monitoring-tools clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -73,6 +73,9 @@ rivals: setup ## install the engines that bench-compare knows, each in an enviro
 check-image: setup ## run the instructions of docker/Dockerfile.cpu in a fresh folder, up to a healthy server
 	rm -rf $(CACHE)/image
 	$(BIN)/python scripts/check_image.py --folder $(CACHE)/image --model $(MODEL)
+
+gpu-check: $(STAMPS)/packages ## check and measure the GPU path, in less than 8 minutes; writes benchmarks/results/<gpu>.json and .md
+	$(BIN)/python scripts/gpu_check.py $(ARGS)
 
 monitoring-tools: $(TOOLS)/usr/bin/promtool ## fetch Debian's Prometheus into .cache/tools (no root needed), for its tests
 

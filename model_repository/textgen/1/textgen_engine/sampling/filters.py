@@ -20,6 +20,7 @@ from torch import Tensor
 
 from textgen_engine.sampling.params import SamplingParams
 from textgen_engine.sampling.rows import RowSet
+from textgen_engine.transfer import to_device
 
 _UNIT = 2.0**40  # one, as a fixed-point mass; 2**22 tokens of mass one still fit into an int64
 _LEAST_Z = -80.0  # its mass is zero in fixed point, and exp stays clear of slow subnormal numbers
@@ -52,7 +53,7 @@ class Filters:
         return cls(
             vocab_size=vocab_size,
             temperature=temperature_column(params, device),
-            top_k=torch.tensor(top_ks, dtype=torch.int64, device=device)[:, None],
+            top_k=to_device(top_ks, device, torch.int64)[:, None],
             top_p=_column([one.top_p for one in params], device),
             typical_p=_column([one.typical_p for one in params], device),
             log_min_p=_column([np.log(one.min_p) if one.min_p > 0.0 else -np.inf for one in params], device),
@@ -232,4 +233,4 @@ def _cut(z: Tensor, allowed: Tensor, filters: Filters, mass: Mass) -> tuple[Tens
 
 
 def _column(values: Sequence[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+    return to_device(values, device, torch.float64)[:, None]
