@@ -24,8 +24,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup serve test test-models test-faults soak audit lint bench bench-compare rivals check-image
-.PHONY: gpu-check monitoring-tools clean
+.PHONY: help setup serve test test-models test-families test-faults soak audit lint bench bench-compare rivals
+.PHONY: check-image gpu-check monitoring-tools clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,9 @@ test: setup lint ## lint, type check and run every test this machine can run; AR
 
 test-models: $(STAMPS)/packages $(STAMPS)/kernels ## try every causal model of transformers on the engine, tiny and random (minutes); the table of docs/models.md
 	$(BIN)/python scripts/model_coverage.py $(ARGS)
+
+test-families: setup ## serve random models of a few hundred MB, shaped like Mixtral, Falcon and StarCoder, end to end
+	$(BIN)/python scripts/serve_families.py $(ARGS)
 
 test-faults: setup ## kill, hang, fill, crash: every fault on a real server; the table of docs/operations.md
 	$(BIN)/python -m pytest --faults --record-faults benchmarks/results/faults.json tests/server/test_faults_*.py tests/server/test_fuzz.py tests/gateway/test_fuzz.py tests/engine/test_clock.py $(ARGS)

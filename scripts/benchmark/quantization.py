@@ -94,6 +94,7 @@ def _record(name: str, found: dict[str, Any], threads: int) -> None:
     results["machine"] = {"cpu": platform.processor() or platform.machine(), "threads": threads}
     results["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     results["methods"].setdefault(name, {}).update(found)
+    results["methods"] = {known: results["methods"][known] for known in METHODS if known in results["methods"]}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     shown = {key: statistics.median(value) if isinstance(value, list) else value for key, value in found.items()}
     click.echo(f"{name}: {shown}")

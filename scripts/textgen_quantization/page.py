@@ -32,19 +32,21 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in methods.items():
+        if "perplexity" not in found:
+            continue
         more = 100 * (found["perplexity"] / plain["perplexity"] - 1)
         rows.append(
             f"| {name} | {found['perplexity']:.3f} | {more:+.2f} % | {found['layer_mib']:.0f} | {found['rss_mib']:.0f} "
-            f"| {found['kv_bytes_per_token']} | {_speed(found, 1)} | {_speed(found, 8)} |"
+            f"| {found['kv_bytes_per_token']} | {_speed(name, found, 1)} | {_speed(name, found, 8)} |"
         )
     answers = ["", "| method | answer to “What is the capital of France? Answer in one sentence.” |", "|---|---|"]
-    answers += [f"| {name} | {found['answer']} |" for name, found in methods.items()]
+    answers += [f"| {name} | {found['answer']} |" for name, found in methods.items() if "answer" in found]
     return "\n".join(rows + answers) + "\n"
 
 
-def _speed(found: dict[str, Any], batch: int) -> str:
+def _speed(name: str, found: dict[str, Any], batch: int) -> str:
     ratios = found.get(f"speed_{batch}")
     if not ratios:
-        return "1"
+        return "1" if name == "float32" else "not measured"
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"

@@ -16,6 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import EllipsisType
@@ -51,6 +52,9 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # What is read and converted at a time: small enough to stay in the processor's cache.
 _PIECE_BYTES = 1 << 20
+# What a thread reads at least: a huge page. Beyond four threads memory is the limit.
+_THREAD_BYTES = 2 << 20
+_MOST_THREADS = 4
 _PROGRESS_S = 5.0
 _HEADER_LENGTH_BYTES = 8
 _MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -138,6 +142,8 @@ class WeightReader:
         self._widen = widen if widen in (torch.float32, torch.float64) else None
         self._files: dict[Path, int] = {}
         self._num_bytes = 0
+        self._num_threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+        self._pool: ThreadPoolExecutor | None = None
         self._started = self._said = time.monotonic()
         for shard in shards:
             for tensor in _read_header(shard, self):
@@ -148,6 +154,9 @@ class WeightReader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
         for file in self._files.values():
             os.close(file)
         self._files.clear()
@@ -202,13 +211,22 @@ class WeightReader:
         return target
 
     def _fill(self, file: int, memory: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(memory):
-            count = os.preadv(file, [memory[done : done + (1 << 30)]], offset + done)
-            if count == 0:
-                raise EOFError(f"the file ends at byte {offset + done}, {len(memory) - done} bytes early")
-            done += count
-        self.num_bytes_read += done
+        """Large tensors by several threads: most of the time goes into the first touch of fresh pages, and into the
+        copy out of the page cache, and neither of the two keeps the interpreter."""
+        num_threads = min(self._num_threads, len(memory) // _THREAD_BYTES)
+        if num_threads < 2:
+            _fill_part(file, memory, offset)
+        else:
+            self._pool = self._pool or ThreadPoolExecutor(self._num_threads, thread_name_prefix="weights")
+            size = -(-len(memory) // num_threads // _THREAD_BYTES) * _THREAD_BYTES  # in whole huge pages
+            parts = [
+                self._pool.submit(_fill_part, file, memory[start : start + size], offset + start)
+                for start in range(0, len(memory), size)
+            ]
+            wait(parts)  # all: a thread must not write into memory that is given back
+            for part in parts:
+                part.result()
+        self.num_bytes_read += len(memory)
 
     def _report(self) -> None:
         now = time.monotonic()
@@ -216,6 +234,15 @@ class WeightReader:
             self._said = now
             read, whole = self.num_bytes_read, max(self._num_bytes, 1)
             logger.info("weights: %.0f %% of %.2f GiB read", 100 * read / whole, whole / 2**30)
+
+
+def _fill_part(file: int, memory: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(memory):
+        count = os.preadv(file, [memory[done : done + (1 << 30)]], offset + done)
+        if count == 0:
+            raise EOFError(f"the file ends at byte {offset + done}, {len(memory) - done} bytes early")
+        done += count
 
 
 def stored_shapes(shards: list[Path]) -> dict[str, tuple[int, ...]]:
