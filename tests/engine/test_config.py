@@ -146,3 +146,31 @@ def test_the_device_decides_what_follows_from_it() -> None:
     assert (cpu.model.device, gpu.model.device) == ("cpu", "cuda")
     assert cpu.scheduler.max_tokens_per_step < gpu.scheduler.max_tokens_per_step
     assert build(MAX_BATCH_PREFILL_TOKENS="33").scheduler.max_tokens_per_step == 33
+
+
+def on_gpu(num_gpus: int = 1, **environ: str) -> EngineConfig:
+    return build_config({"model_id": "/m"}, environ, has_gpu=True, num_gpus=num_gpus)
+
+
+def test_steps_overlap_on_a_gpu_unless_something_waits_for_each() -> None:
+    assert on_gpu().scheduler.overlap_steps
+    assert not build().scheduler.overlap_steps
+    assert build(TEXTGEN_OVERLAP_STEPS="true").scheduler.overlap_steps
+    assert not on_gpu(TEXTGEN_OVERLAP_STEPS="false").scheduler.overlap_steps
+    assert not on_gpu(SPECULATE="2").scheduler.overlap_steps
+    assert not on_gpu(num_gpus=2).scheduler.overlap_steps
+    for environ in ({"SPECULATE": "2"}, {"NUM_SHARD": "2"}):
+        with pytest.raises(ConfigError, match="^TEXTGEN_OVERLAP_STEPS needs NUM_SHARD=1 and SPECULATE=0"):
+            on_gpu(num_gpus=2, TEXTGEN_OVERLAP_STEPS="true", **{"NUM_SHARD": "1", **environ})
+
+
+def test_batch_sizes_of_graphs() -> None:
+    assert build(CUDA_GRAPHS="1,2").model.graph_sizes == (), "there are none on the CPU"
+    sizes = on_gpu(MAX_BATCH_SIZE="21").model.graph_sizes
+    assert sizes == (1, 2, 4, 8, 16, 21), "the largest step fits exactly"
+    assert on_gpu().model.graph_sizes[-1] == 256
+    assert on_gpu(CUDA_GRAPHS="4, 1,999").model.graph_sizes == (1, 4), "none that no step can have"
+    assert on_gpu(CUDA_GRAPHS="0").model.graph_sizes == ()
+    for bad in ("x", "1,-2", "1;2"):
+        with pytest.raises(ConfigError, match="^CUDA_GRAPHS must be batch sizes separated by commas, or 0; given: "):
+            build(CUDA_GRAPHS=bad)

@@ -560,6 +560,7 @@ def build_config(
             f"MAX_BATCH_SIZE ({max_sequences}) must be at most MAX_BATCH_PREFILL_TOKENS ({max_tokens_per_step}): "
             f"every running sequence takes one token of a step"
         )
+    graph_sizes = _graph_sizes(values["cuda_graphs"], max_sequences)
     block_size, cache_tokens = values["block_size"], values["max_batch_total_tokens"]
     if cache_tokens is not None and max_total is not None and cache_tokens < max_total:
         raise ConfigError(f"MAX_BATCH_TOTAL_TOKENS ({cache_tokens}) must be at least MAX_TOTAL_TOKENS ({max_total})")
@@ -575,7 +576,7 @@ def build_config(
             dense_fallback=values["dense_fallback"],
             num_threads=values["num_threads"],
             attention=values["attention"],
-            graph_sizes=_graph_sizes(values["cuda_graphs"], max_sequences) if has_gpu else (),
+            graph_sizes=graph_sizes if has_gpu else (),
         ),
         parallel=parallel,
         cache=CacheConfig(

@@ -53,7 +53,7 @@ def paged_decode(
     assert seq_lens.dtype is torch.int32 and seq_lens.is_contiguous() and len(seq_lens) == num_rows
     if output is None:
         output = query.new_empty(num_rows, num_heads, value_dim)
-    assert output.is_contiguous()
+    assert output.is_contiguous() and num_runs <= MAX_RUNS
     group = num_heads // num_kv_heads
     is_wide = max(dim, value_dim) > 128 or query.dtype is torch.float32
     partial = query.new_empty(num_rows, num_heads, num_runs, value_dim, dtype=torch.float32)
@@ -108,7 +108,7 @@ def paged_decode(
         sums if sinks is None else sinks,
         output,
         num_runs,
-        RUNS_PADDED=triton.next_power_of_2(num_runs),
+        MOST_RUNS=MAX_RUNS,
         VALUE_DIM=value_dim,
         VALUE_DIM_PADDED=triton.next_power_of_2(value_dim),
         HAS_SINKS=sinks is not None,
@@ -173,7 +173,8 @@ def paged_decode_reference(
     return attended if output is None else output.copy_(attended)
 
 
-@triton.jit
+# What differs from step to step is not to be compiled for.
+@triton.jit(do_not_specialize=["table_stride", "num_runs", "window", "chunk_size"])
 def _attend_run(
     query_ptr,
     keys_ptr,
@@ -291,21 +292,21 @@ def _attend_run(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs"])
 def _join_runs(
     partial_ptr,
     sums_ptr,
     sinks_ptr,
     output_ptr,
     num_runs,
-    RUNS_PADDED: tl.constexpr,
+    MOST_RUNS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_DIM_PADDED: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
     head = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
-    runs = tl.arange(0, RUNS_PADDED)
+    runs = tl.arange(0, MOST_RUNS)
     dims = tl.arange(0, VALUE_DIM_PADDED)
     sums = tl.load(sums_ptr + row * num_runs + runs, mask=runs < num_runs, other=-float("inf"))
     highest = tl.max(sums, 0)
