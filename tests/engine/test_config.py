@@ -160,7 +160,7 @@ def test_steps_overlap_on_a_gpu_unless_something_waits_for_each() -> None:
     assert not on_gpu(SPECULATE="2").scheduler.overlap_steps
     assert not on_gpu(num_gpus=2).scheduler.overlap_steps
     for environ in ({"SPECULATE": "2"}, {"NUM_SHARD": "2"}):
-        with pytest.raises(ConfigError, match="^TEXTGEN_OVERLAP_STEPS needs NUM_SHARD=1 and SPECULATE=0"):
+        with pytest.raises(ConfigError, match="TEXTGEN_OVERLAP_STEPS needs NUM_SHARD=1 and SPECULATE=0"):
             on_gpu(num_gpus=2, TEXTGEN_OVERLAP_STEPS="true", **{"NUM_SHARD": "1", **environ})
 
 
@@ -172,5 +172,5 @@ def test_batch_sizes_of_graphs() -> None:
     assert on_gpu(CUDA_GRAPHS="4, 1,999").model.graph_sizes == (1, 4), "none that no step can have"
     assert on_gpu(CUDA_GRAPHS="0").model.graph_sizes == ()
     for bad in ("x", "1,-2", "1;2"):
-        with pytest.raises(ConfigError, match="^CUDA_GRAPHS must be batch sizes separated by commas, or 0; given: "):
+        with pytest.raises(ConfigError, match=r"^CUDA_GRAPHS must be batch sizes separated by commas, or 0; given: "):
             build(CUDA_GRAPHS=bad)
