@@ -29,6 +29,7 @@ _OPERATOR: dict[str, str] = {
     "disk full for logs": "make room; logging goes on by itself",
     "connects and disconnects": "nothing",
     "slow readers": "nothing; `max_new_tokens` bounds what waits for them",
+    "time jump": "nothing",
     "SIGTERM": "`GRACEFUL_TERMINATION_TIMEOUT` as long as your longest answer",
 }
 

@@ -1,7 +1,8 @@
 """The clock of an engine's process jumps while eight requests run: deadlines, scheduling and supervision do not care.
 
-Only the engine and its client are tested so. Under libfaketime Triton 2.51 itself calls a stub unhealthy after a jump;
-whether it would after a real one this cannot tell, since libfaketime does not carry over every timed wait.
+Only the engine and its client are tested so. Under libfaketime Triton 2.51 itself calls a stub unhealthy after a jump,
+since libfaketime does not carry over every timed wait; a whole server's clock jumps in
+tests/server/test_faults_clock.py.
 """
 
 from __future__ import annotations
