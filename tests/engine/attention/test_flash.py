@@ -301,6 +301,41 @@ def test_a_forced_choice() -> None:
     assert plain.prefill is None and plain.decode is None and not plain.fits_graphs
 
 
+@pytest.mark.parametrize("kind", [TorchVarlen, FlashAttention3, FlashAttention4])
+def test_older_versions_without_their_switches(kind: type[VarlenLibrary]) -> None:
+    """PyTorch's took grouped heads before it had a switch for them; flash-attn's gave log-sums without being asked."""
+
+    class OldTorch(Torch):
+        def varlen_attn(  # type: ignore[override]
+            self, query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, *,
+            return_aux: Any = None, scale: Any = None, window_size: Any = (-1, -1),
+        ) -> Any:  # fmt: skip
+            return Torch.varlen_attn(
+                self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux=return_aux, scale=scale,
+                window_size=window_size, enable_gqa=True,
+            )  # fmt: skip
+
+    class OldFlash:
+        def flash_attn_varlen_func(
+            self, q: Any, k: Any, v: Any, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, max_seqlen_q: Any = None,
+            max_seqlen_k: Any = None, softmax_scale: Any = None, causal: bool = False, window_size: Any = (-1, -1),
+            softcap: float = 0.0, attention_chunk: int = 0,
+        ) -> Any:  # fmt: skip
+            return Flash4.flash_attn_varlen_func(
+                Flash4(), q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale, causal=causal,
+                window_size=window_size, softcap=softcap,
+            )  # fmt: skip
+
+        flash_attn_with_kvcache = Flash3.flash_attn_with_kvcache
+
+    library = emulated(kind, OldTorch() if kind is TorchVarlen else OldFlash())
+    backend = FlashBackend(HOPPER, [library], paged_kernel())
+    scoring = Scoring(0.25, sinks=torch.tensor([0.5, -2.0, 3.0, 0.0]))
+    for lengths in (MIXED, FRESH):
+        step = make_step(lengths, heads=4, kv_heads=2, block_size=256)
+        torch.testing.assert_close(run(step, scoring, backend), dense(step, scoring).float(), atol=TOLERANCE, rtol=0)
+
+
 def test_libraries_are_found_or_said_to_be_absent() -> None:
     def find(name: str) -> ModuleType:
         if name == "flash_attn":

@@ -137,6 +137,8 @@ class FlashAttention3(VarlenLibrary):
     def __init__(self, module: Any) -> None:
         self._varlen: Callable[..., Any] = module.flash_attn_varlen_func
         self._paged: Callable[..., Any] = module.flash_attn_with_kvcache
+        # Without this switch the log-sums always come.
+        self._has_log_sum_switch = "return_attn_probs" in inspect.signature(self._varlen).parameters
 
     def lacks(self, need: Need) -> str | None:
         return "made for compute capability 9.x" if need.capability >= (10, 0) else super().lacks(need)
@@ -160,7 +162,7 @@ class FlashAttention3(VarlenLibrary):
                 spans.cu_seqlens_k,
                 spans.max_query_len,
                 spans.max_seq_len,
-                return_attn_probs=True,
+                **({"return_attn_probs": True} if self._has_log_sum_switch else {}),
                 **keywords,
             )[:2]
         else:
@@ -188,6 +190,8 @@ class FlashAttention4(VarlenLibrary):
 
     def __init__(self, module: Any) -> None:
         self._varlen: Callable[..., Any] = module.flash_attn_varlen_func
+        # Without this switch the log-sums always come.
+        self._has_log_sum_switch = "return_lse" in inspect.signature(self._varlen).parameters
 
     def lacks_pages(self, need: Need) -> str | None:
         return "its pages differ from version to version"
@@ -207,7 +211,7 @@ class FlashAttention4(VarlenLibrary):
             causal=True,
             window_size=_window(scoring, None),
             softcap=scoring.soft_cap or 0.0,
-            return_lse=True,
+            **({"return_lse": True} if self._has_log_sum_switch else {}),
         )[:2]
         return output, log_sums
 
@@ -222,7 +226,9 @@ class TorchVarlen(VarlenLibrary):
         self._varlen: Callable[..., Any] = module.varlen_attn
         self._wants_log_sums = module.AuxRequest(lse=True)
         takes = inspect.signature(self._varlen).parameters
-        self._missing = [name for name in ("return_aux", "window_size", "enable_gqa") if name not in takes]
+        self._missing = [name for name in ("return_aux", "window_size") if name not in takes]
+        # Before it had this switch it took fewer key heads than query heads without a word.
+        self._has_gqa_switch = "enable_gqa" in takes
         self._takes_pages = "block_table" in takes and "seqused_k" in takes
 
     def lacks(self, need: Need) -> str | None:
@@ -248,7 +254,7 @@ class TorchVarlen(VarlenLibrary):
             return_aux=self._wants_log_sums,
             scale=scoring.scale,
             window_size=_window(scoring, -1),
-            enable_gqa=query.shape[1] != keys.shape[-2],
+            **({"enable_gqa": query.shape[1] != keys.shape[-2]} if self._has_gqa_switch else {}),
             **paged,
         )
         # Documented as [num_rows, num_heads]; the kernel inside gives [num_heads, num_rows].
