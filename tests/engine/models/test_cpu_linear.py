@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
 from textgen_engine.kernels.cpu import load_kernels
 from textgen_engine.models.cpu_linear import CpuLinear, PackedLinear, replace_linears
@@ -31,6 +32,24 @@ def test_the_compiled_kernel_equals_linear(rows: int, depth: int, outputs: int, 
     torch.testing.assert_close(PackedLinear(linear, kernels)(x), linear(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 49])
+@pytest.mark.parametrize(("depth", "outputs"), [(96, 130), (19, 3), (576, 1537)])
+def test_bfloat16_weights(rows: int, depth: int, outputs: int) -> None:
+    """Products of numbers rounded to bfloat16 are exact in float32; only the order of additions differs."""
+    kernels = load_kernels(num_threads=2)
+    if kernels is None or torch.bfloat16 not in kernels.dtypes:
+        pytest.skip("no compiler, or a processor without bfloat16")
+    torch.manual_seed(rows)
+    linear = torch.nn.Linear(depth, outputs, dtype=torch.bfloat16)
+    x = torch.randn(1, rows, depth)
+    packed = PackedLinear(linear, kernels)
+    expected = functional.linear(x.bfloat16().float(), linear.weight.float(), linear.bias.float())
+    torch.testing.assert_close(packed(x), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(packed.weight, linear.weight)
+    assert torch.equal(packed(x[:, :1]), packed(x)[:, :1])
+    assert packed(x.bfloat16()).dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize(("depth", "outputs"), [(96, 130), (2500, 64)])  # the second is added up in two parts
 def test_a_row_is_the_same_in_any_batch(depth: int, outputs: int) -> None:
     kernels = load_kernels(num_threads=2)
@@ -44,11 +63,12 @@ def test_a_row_is_the_same_in_any_batch(depth: int, outputs: int) -> None:
         assert torch.equal(layer(x[-rows:]), whole[-rows:])
 
 
-def test_a_tied_weight_lies_in_memory_once() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_weight_lies_in_memory_once(dtype: torch.dtype) -> None:
     kernels = load_kernels(num_threads=2)
-    if kernels is None:
-        pytest.skip("no C++ compiler")
-    model = torch.nn.Sequential(torch.nn.Embedding(200, 96), torch.nn.Linear(96, 200, bias=False))
+    if kernels is None or dtype not in kernels.dtypes:
+        pytest.skip("no compiler, or a processor without bfloat16")
+    model = torch.nn.Sequential(torch.nn.Embedding(200, 96), torch.nn.Linear(96, 200, bias=False)).to(dtype)
     model[1].weight = model[0].weight
     weight = model[0].weight.detach().clone()
     assert replace_linears(model, kernels) == 1

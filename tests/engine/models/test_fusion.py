@@ -23,15 +23,17 @@ from textgen_engine.models.fusion import FusedGatedLayer, fuse_layers
 from textgen_engine.models.loader import load_model
 
 
-def fused_logits(folder: Path, ids: torch.Tensor, *, compiled: bool) -> tuple[int, torch.Tensor]:
+def fused_logits(
+    folder: Path, ids: torch.Tensor, *, compiled: bool, dtype: str = "float32"
+) -> tuple[int, torch.Tensor]:
     """The number of fused layers, and the logits [num_tokens, vocab] of a prompt."""
     kernels = load_kernels(num_threads=2) if compiled else None
-    if compiled and kernels is None:
-        pytest.skip("no C++ compiler")
+    if compiled and (kernels is None or getattr(torch, dtype) not in kernels.dtypes):
+        pytest.skip("no compiler, or a processor without bfloat16")
     backend = SdpaBackend() if kernels is None else CompiledBackend(kernels)
-    loaded = load_model(ModelConfig(str(folder), dtype="float32"), backend, kernels)
+    loaded = load_model(ModelConfig(str(folder), dtype=dtype), backend, kernels)
     count = ids.shape[1]
-    keys = [torch.zeros(1, layer.num_kv_heads, count, layer.head_dim) for layer in loaded.layers]
+    keys = [torch.zeros(1, layer.num_kv_heads, count, layer.head_dim, dtype=loaded.dtype) for layer in loaded.layers]
     metadata = AttentionMetadata(
         num_decodes=0,
         query_lens=[count],
@@ -76,6 +78,20 @@ def test_fused_equals_stock(
         expected = stock(ids).logits[0]
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-4)
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_fused_in_bfloat16(checkpoint: Callable[[str], Path], family: str) -> None:
+    """Nearer to float32 than transformers in bfloat16, for the residual and all sums are float32."""
+    ids = torch.randint(2, 500, (1, 30), generator=torch.Generator().manual_seed(1))
+    num_fused, found = fused_logits(checkpoint(family), ids, compiled=True, dtype="bfloat16")
+    assert num_fused
+    with torch.inference_mode():
+        exact, rounded = (
+            AutoModelForCausalLM.from_pretrained(checkpoint(family), dtype=dtype).eval()(ids).logits[0].float()
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+    assert (found - exact).square().mean() < (rounded - exact).square().mean()
 
 
 def stock_model(folder: Path) -> Any:

@@ -1,7 +1,7 @@
 """Attention for the CPU with compiled kernels: each block of the paged cache is read where it lies.
 
-Where the kernels do not apply (other types than float32, heads whose size is no multiple of 16) everything runs as in
-sdpa.py.
+Where the kernels do not apply (a cache of another type than float32 and bfloat16, heads whose size is no multiple of
+16) everything runs as in sdpa.py.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ class CompiledBackend(AttentionBackend):
         plan = metadata.plan
         if not isinstance(plan, StepTables):
             return self._other.run(layer, query, key, value, metadata, scoring)
-        query, key, value = (_dense(tensor) for tensor in (query, key, value))
-        return self._kernels.attend(query, key, value, metadata.keys[layer], metadata.values[layer], plan, scoring)
+        rows = [_dense(tensor.float()) for tensor in (query, key, value)]
+        cache = metadata.keys[layer], metadata.values[layer]
+        return self._kernels.attend(rows[0], rows[1], rows[2], *cache, plan, scoring).to(query.dtype)
 
 
 def _is_served(cache: torch.Tensor) -> bool:
     return (
-        cache.dtype is torch.float32
+        cache.dtype in (torch.float32, torch.bfloat16)
         and cache.device.type == "cpu"
         and cache.is_contiguous()
         and cache.shape[3] % HEAD_DIM_MULTIPLE == 0

@@ -18,8 +18,8 @@ def store(
     if is_narrow(keys):  # index_put_ knows no 8-bit floats, but bytes
         key, value = (_narrowed(tensor, keys.dtype).view(torch.uint8) for tensor in (key, value))
         keys, values = keys.view(torch.uint8), values.view(torch.uint8)
-    keys.permute(0, 2, 1, 3).index_put_(places, key)
-    values.permute(0, 2, 1, 3).index_put_(places, value)
+    keys.permute(0, 2, 1, 3).index_put_(places, key.to(keys.dtype))
+    values.permute(0, 2, 1, 3).index_put_(places, value.to(values.dtype))
 
 
 def is_narrow(cache: torch.Tensor) -> bool:

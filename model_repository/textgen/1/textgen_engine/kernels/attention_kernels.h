@@ -1,4 +1,5 @@
-// Attention over the paged cache [blocks, kv_heads, block_size, dim], keys and values where they lie.
+// Attention over the paged cache [blocks, kv_heads, block_size, dim], keys and values where they lie, in float32 or
+// bfloat16 (a `Stored`, turned into floats as it is read).
 //
 // One query per sequence (decodes): scores are dot products, kLanes keys at a time, and each block is read once for all
 // query heads that share it. Chunks of prompts: kBlock query rows of one head stand side by side in the lanes of
@@ -15,6 +16,7 @@ struct Scoring {
 
 struct Shape {
     int64_t num_heads, num_kv_heads, block_size, dim, value_dim;
+    int64_t is_bfloat16;  // the cache: else float32
 };
 
 struct Step {
@@ -69,13 +71,13 @@ inline Vector capped(Vector score, float cap) {  // cap * tanh(score / cap)
 // scores[h * stride + j] = query[h] . keys[j] for H heads and `count` keys of one block. `next` is where the block that
 // follows lies: blocks lie anywhere, so the processor does not see by itself what is read next. It is asked for bit by
 // bit, as fast as it can come.
-template <int H>
-void score_block(const float* query, const float* keys, const float* next, float* scores, int64_t stride,
+template <int H, class Stored>
+void score_block(const float* query, const float* keys, const Stored* next, float* scores, int64_t stride,
                  int64_t count, int64_t dim) {
     constexpr int kAhead = (kLanes + H - 1) / H;
     int64_t j = 0;
     for (; j + kLanes <= count; j += kLanes) {
-        const float* ahead = next + j * dim;
+        const Stored* ahead = next + j * dim;
         for (int h = 0; h < H; ++h) {
             Vector acc[kLanes] = {};
             for (int64_t d = 0; d < dim; d += kLanes) {
@@ -97,8 +99,8 @@ void score_block(const float* query, const float* keys, const float* next, float
 }
 
 // output[h] += weights[h] @ values of one block, for H heads and W vectors of their dimensions; `next` as above.
-template <int H, int W>
-void add_part(const float* weights, int64_t stride, const float* values, const float* next, float* output,
+template <int H, int W, class Stored>
+void add_part(const float* weights, int64_t stride, const float* values, const Stored* next, float* output,
               int64_t count, int64_t dim) {
     Vector acc[H][W];
     for (int h = 0; h < H; ++h)
@@ -116,8 +118,8 @@ void add_part(const float* weights, int64_t stride, const float* values, const f
         for (int w = 0; w < W; ++w) put(output + h * dim + w * kLanes, acc[h][w]);
 }
 
-template <int H>
-void add_block(const float* weights, int64_t stride, const float* values, const float* next, float* output,
+template <int H, class Stored>
+void add_block(const float* weights, int64_t stride, const float* values, const Stored* next, float* output,
                int64_t count, int64_t dim) {
     constexpr int kWidth = kLanes == 16 ? 4 : 2;  // as many as registers hold for four heads
     int64_t d = 0;
@@ -157,14 +159,26 @@ inline int64_t first_visible(int64_t position, const Scoring& how) {
     return how.chunk > 0 ? std::max(first, position / how.chunk * how.chunk) : first;
 }
 
-void attend_decodes(Pool* pool, Rows query, const float* keys, const float* values, float* output, const Shape& shape,
+inline const float* as_floats(const float* stored, int64_t, float*) { return stored; }
+
+inline const float* as_floats(const uint16_t* stored, int64_t count, float* room) {
+    for (int64_t i = 0; i < count; ++i) room[i] = from_bfloat16(stored[i]);
+    return room;
+}
+
+inline void put_stored(float* to, float value) { *to = value; }
+inline void put_stored(uint16_t* to, float value) { *to = to_bfloat16(value); }
+
+template <class Stored>
+void attend_decodes(Pool* pool, Rows query, const Stored* keys, const Stored* values, float* output, const Shape& shape,
                     const Step& step, const Scoring& how) {
     const int64_t group = shape.num_heads / shape.num_kv_heads, dim = shape.dim, value_dim = shape.value_dim;
     pool->run(step.num_decodes * shape.num_kv_heads, [&](int64_t item) {
         const int64_t sequence = item / shape.num_kv_heads, kv_head = item % shape.num_kv_heads;
         const int64_t length = step.lengths[sequence], first = first_visible(length - 1, how), count = length - first;
         const int64_t* table = step.block_tables + sequence * step.table_stride;
-        float* scaled = scratch(group * (dim + count + 1));
+        float* room = scratch(shape.block_size * std::max(dim, value_dim) + group * (dim + count + 1));
+        float* scaled = room + shape.block_size * std::max(dim, value_dim);
         float* scores = scaled + group * dim;
         for (int64_t h = 0; h < group; ++h) {
             const float* from =
@@ -193,8 +207,9 @@ void attend_decodes(Pool* pool, Rows query, const float* keys, const float* valu
             if (group - h == 1) call(h, std::integral_constant<int, 1>());
         };
         each_block([&](int64_t place, int64_t key, int64_t some, int64_t next) {
+            const float* block = as_floats(keys + place * dim, some * dim, room);
             by_heads([&](int64_t h, auto heads) {
-                score_block<decltype(heads)::value>(scaled + h * dim, keys + place * dim, keys + next * dim,
+                score_block<decltype(heads)::value>(scaled + h * dim, block, keys + next * dim,
                                                     scores + h * count + key, count, some, dim);
             });
         });
@@ -202,9 +217,10 @@ void attend_decodes(Pool* pool, Rows query, const float* keys, const float* valu
         for (int64_t h = 0; h < group; ++h)
             factors[h] = soften(scores + h * count, count, kv_head * group + h, how);
         each_block([&](int64_t place, int64_t key, int64_t some, int64_t next) {
+            const float* block = as_floats(values + place * value_dim, some * value_dim, room);
             by_heads([&](int64_t h, auto heads) {
-                add_block<decltype(heads)::value>(scores + h * count + key, count, values + place * value_dim,
-                                                  values + next * value_dim, out + h * value_dim, some, value_dim);
+                add_block<decltype(heads)::value>(scores + h * count + key, count, block, values + next * value_dim,
+                                                  out + h * value_dim, some, value_dim);
             });
         });
         for (int64_t h = 0; h < group; ++h)
@@ -217,12 +233,15 @@ constexpr float kHidden = -1e30f;
 
 // Up to kBlock consecutive query rows of one head, the first at `position`; room for the transposed query, a tile of
 // scores and the transposed result.
-void attend_tile(const float* query, int64_t token_stride, const float* keys, const float* values, float* output,
+template <class Stored>
+void attend_tile(const float* query, int64_t token_stride, const Stored* keys, const Stored* values, float* output,
                  int64_t output_stride, int64_t num_rows, int64_t position, int64_t head, const int64_t* table,
                  const Shape& shape, const Scoring& how) {
     const int64_t dim = shape.dim, value_dim = shape.value_dim, block_size = shape.block_size;
     const int64_t kv_head = head / (shape.num_heads / shape.num_kv_heads);
-    float* turned = scratch((dim + value_dim + kKeysTogether) * kBlock);  // [dim][kBlock]
+    const int64_t room_size = std::min(block_size, kKeysTogether) * std::max(dim, value_dim);
+    float* room = scratch(room_size + (dim + value_dim + kKeysTogether) * kBlock);
+    float* turned = room + room_size;                                      // [dim][kBlock]
     float* result = turned + dim * kBlock;                                 // [value_dim][kBlock]
     float* scores = result + value_dim * kBlock;                           // [keys][kBlock]
     std::fill(turned, turned + dim * kBlock, 0.0f);
@@ -254,9 +273,10 @@ void attend_tile(const float* query, int64_t token_stride, const float* keys, co
             }
         };
         each_block([&](int64_t place, int64_t key, int64_t some) {
+            const float* block = as_floats(keys + place * dim, some * dim, room);
             for (int64_t i = 0; i < some; i += kBlockRows)
-                packed_rows<>(static_cast<int>(std::min<int64_t>(kBlockRows, some - i)), keys + (place + i) * dim, dim,
-                              turned, scores + (key + i) * kBlock, kBlock, dim, false);
+                packed_rows<>(static_cast<int>(std::min<int64_t>(kBlockRows, some - i)), block + i * dim, dim, turned,
+                              scores + (key + i) * kBlock, kBlock, dim, false);
         });
         const bool masked = limited || begin + count > position + 1;
         Vector top[kBlockVectors], shrunk[kBlockVectors];
@@ -291,10 +311,10 @@ void attend_tile(const float* query, int64_t token_stride, const float* keys, co
                 put(at, weight);
             }
         each_block([&](int64_t place, int64_t key, int64_t some) {
+            const float* block = as_floats(values + place * value_dim, some * value_dim, room);
             for (int64_t d = 0; d < value_dim; d += kBlockRows)
-                packed_rows<kBlockRows, true>(static_cast<int>(std::min<int64_t>(kBlockRows, value_dim - d)),
-                                              values + place * value_dim + d, value_dim, scores + key * kBlock,
-                                              result + d * kBlock, kBlock, some, true);
+                packed_rows<kBlockRows, true>(static_cast<int>(std::min<int64_t>(kBlockRows, value_dim - d)), block + d,
+                                              value_dim, scores + key * kBlock, result + d * kBlock, kBlock, some, true);
         });
         begin += count;
     }
@@ -313,7 +333,8 @@ void attend_tile(const float* query, int64_t token_stride, const float* keys, co
         for (int64_t d = 0; d < value_dim; ++d) output[row * output_stride + d] = result[d * kBlock + row];
 }
 
-void attend_chunks(Pool* pool, Rows query, const float* keys, const float* values, float* output, const Shape& shape,
+template <class Stored>
+void attend_chunks(Pool* pool, Rows query, const Stored* keys, const Stored* values, float* output, const Shape& shape,
                    const Step& step, const Scoring& how) {
     int64_t num_tiles = 0;
     for (int64_t chunk = 0; chunk < step.num_chunks; ++chunk)
@@ -338,22 +359,34 @@ void attend_chunks(Pool* pool, Rows query, const float* keys, const float* value
 
 // Writes the step's rows of heads to a cache; with only_finite, what is no number as 0 and infinities as the largest
 // numbers.
-void store_rows(Pool* pool, Rows rows, float* cache, const Step& step, int64_t num_heads, int64_t block_size,
+template <class Stored>
+void store_rows(Pool* pool, Rows rows, Stored* cache, const Step& step, int64_t num_heads, int64_t block_size,
                 int64_t dim, bool only_finite) {
     by_rows(pool, step.num_tokens, [&](int64_t token) {
         for (int64_t head = 0; head < num_heads; ++head) {
             const float* from = rows.data + token * rows.token_stride + head * rows.head_stride;
-            float* to = cache + ((step.slot_blocks[token] * num_heads + head) * block_size + step.slot_offsets[token]) * dim;
-            for (int64_t d = 0; d < dim; ++d) to[d] = only_finite ? finite(from[d]) : from[d];
+            Stored* to = cache + ((step.slot_blocks[token] * num_heads + head) * block_size + step.slot_offsets[token]) * dim;
+            for (int64_t d = 0; d < dim; ++d) put_stored(to + d, only_finite ? finite(from[d]) : from[d]);
         }
     });
 }
 
 // Stores a step's keys and values and attends, all rows of output [num_tokens, num_heads, value_dim].
-void attend(Pool* pool, Rows query, Rows key, Rows value, float* keys, float* values, float* output,
-            const Shape& shape, const Step& step, const Scoring& how) {
+template <class Stored>
+void attend_stored(Pool* pool, Rows query, Rows key, Rows value, Stored* keys, Stored* values, float* output,
+                   const Shape& shape, const Step& step, const Scoring& how) {
     store_rows(pool, key, keys, step, shape.num_kv_heads, shape.block_size, shape.dim, false);
     store_rows(pool, value, values, step, shape.num_kv_heads, shape.block_size, shape.value_dim, true);
     attend_decodes(pool, query, keys, values, output, shape, step, how);
     attend_chunks(pool, query, keys, values, output, shape, step, how);
+}
+
+void attend(Pool* pool, Rows query, Rows key, Rows value, void* keys, void* values, float* output, const Shape& shape,
+            const Step& step, const Scoring& how) {
+    if (shape.is_bfloat16)
+        attend_stored(pool, query, key, value, static_cast<uint16_t*>(keys), static_cast<uint16_t*>(values), output,
+                      shape, step, how);
+    else
+        attend_stored(pool, query, key, value, static_cast<float*>(keys), static_cast<float*>(values), output, shape,
+                      step, how);
 }

@@ -1,4 +1,5 @@
-"""Float32 kernels for the CPU, compiled for the machine at hand from cpu_kernels.cpp, and the way to them.
+"""Kernels for the CPU, in float32 or with weights and caches in bfloat16: compiled for the machine at hand from
+cpu_kernels.cpp, and the way to them.
 
 `load_kernels()` answers None where no C++ compiler is found or the compiled code cannot be used; callers then take
 PyTorch's operations, which are also what the tests compare with: `linear` with torch.nn.functional.linear, `attend`
@@ -40,18 +41,21 @@ HEAD_DIM_MULTIPLE = 16
 class CpuKernels:
     """The compiled functions, on a pool of num_threads threads that ends with this object.
 
-    Tensors are float32 on the CPU; what must be contiguous is said per function and checked by assertion.
+    Tensors lie on the CPU and are float32 where nothing else is said; what must be contiguous is checked by assertion.
     """
 
     def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
         self._pack, self._take, self._linear = library.textgen_pack, library.textgen_take, library.textgen_linear
         self._attend, self._layer = library.textgen_attend, library.textgen_layer
-        self._pack.argtypes = _types("pppii")
-        self._take.argtypes = _types("ppppii")
-        self._linear.argtypes = _types("pppppiii")
+        self._pack.argtypes = _types("pippii")
+        self._take.argtypes = _types("pipppii")
+        self._linear.argtypes = _types("pippppiii")
         library.textgen_block.restype = ctypes.c_int64
         # Outputs of a packed weight's blocks.
         self.block: int = library.textgen_block()
+        library.textgen_has_bfloat16.restype = ctypes.c_int64
+        # What weights may be of.
+        self.dtypes = {torch.float32} | ({torch.bfloat16} if library.textgen_has_bfloat16() else set())
         self._attend.argtypes = _types("pppppppppp")
         self._layer.argtypes = _types("ppppppppp")
         for function in (self._pack, self._take, self._linear, self._attend, self._layer):
@@ -73,32 +77,40 @@ class CpuKernels:
     def pack(
         self, weight: torch.Tensor, empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """weight [num_outputs, depth] -> [blocks, depth, self.block], outputs padded with zeros: the form that the
-        functions below read. empty: gives the memory for it, contiguous; None: PyTorch does."""
+        """weight [num_outputs, depth] of one of self.dtypes -> [blocks, depth, self.block], outputs padded with zeros:
+        the form that the functions below read; bfloat16 [blocks, depth / 2, self.block, 2], rounded up. empty: gives
+        the memory for it, contiguous; None: PyTorch does."""
         weight = weight.contiguous()
+        assert weight.dtype in self.dtypes
         num_outputs, depth = weight.shape
-        shape = (-(-num_outputs // self.block), depth, self.block)
+        num_blocks = -(-num_outputs // self.block)
+        paired = weight.dtype is torch.bfloat16
+        shape = (num_blocks, -(-depth // 2), self.block, 2) if paired else (num_blocks, depth, self.block)
         packed = weight.new_empty(shape) if empty is None else empty(shape, weight.dtype)
-        self._pack(self._pool, weight.data_ptr(), packed.data_ptr(), depth, num_outputs)
+        self._pack(self._pool, paired, weight.data_ptr(), packed.data_ptr(), depth, num_outputs)
         return packed
 
-    def take(self, packed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def take(self, packed: torch.Tensor, ids: torch.Tensor, depth: int) -> torch.Tensor:
         """Rows of a packed weight: ids int64 [num_ids], each below its number of outputs -> [num_ids, depth]."""
         ids = ids.contiguous()
-        rows = packed.new_empty(len(ids), packed.shape[1])
-        self._take(self._pool, packed.data_ptr(), ids.data_ptr(), rows.data_ptr(), len(ids), packed.shape[1])
+        rows = packed.new_empty(len(ids), depth)
+        paired = packed.dtype is torch.bfloat16
+        self._take(self._pool, paired, packed.data_ptr(), ids.data_ptr(), rows.data_ptr(), len(ids), depth)
         return rows
 
     def linear(
         self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, num_outputs: int
     ) -> torch.Tensor:
-        """x [num_rows, depth], a packed weight, bias [num_outputs] -> [num_rows, num_outputs]. A row's result is the
-        same to the last bit whatever rows stand beside it."""
-        assert bias is None or bias.is_contiguous()
+        """x float32 [num_rows, depth], a packed weight (if it is bfloat16, x is rounded to that on its way), bias
+        float32 [num_outputs] -> float32 [num_rows, num_outputs]. A row's result is the same to the last bit whatever
+        rows stand beside it."""
+        assert x.dtype is torch.float32
+        assert bias is None or (bias.is_contiguous() and bias.dtype is torch.float32)
         x = x.contiguous()
         output = x.new_empty(x.shape[0], num_outputs)
         tensors = (x, packed, bias, output)
-        self._linear(self._pool, *(_address(tensor) for tensor in tensors), x.shape[0], x.shape[1], num_outputs)
+        paired = packed.dtype is torch.bfloat16
+        self._linear(self._pool, paired, *(_address(tensor) for tensor in tensors), x.shape[0], x.shape[1], num_outputs)
         return output
 
     def coded_linear(
@@ -155,9 +167,11 @@ class CpuKernels:
         step: StepTables,
         scoring: Scoring,
     ) -> torch.Tensor:
-        """Store a step's key and value, then attend, as AttentionBackend.run: query [num_tokens, num_heads, dim], key
-        and value [num_tokens, num_kv_heads, dim or value_dim], their last dimensions contiguous; keys and values the
-        layer's cache -> [num_tokens, num_heads, value_dim]. Dimensions are multiples of HEAD_DIM_MULTIPLE."""
+        """Store a step's key and value, then attend, as AttentionBackend.run, all float32: query [num_tokens,
+        num_heads, dim], key and value [num_tokens, num_kv_heads, dim or value_dim], their last dimensions contiguous;
+        keys and values the layer's cache, float32 or bfloat16 -> [num_tokens, num_heads, value_dim]. Dimensions are
+        multiples of HEAD_DIM_MULTIPLE."""
+        assert query.dtype is key.dtype is value.dtype is torch.float32
         assert query.stride(2) == key.stride(2) == value.stride(2) == 1 and query.shape[0] == step.num_tokens
         shape = _shape(query.shape[1], keys, values)
         output = query.new_empty(query.shape[0], query.shape[1], values.shape[3])
@@ -180,7 +194,8 @@ class CpuKernels:
         values: torch.Tensor,
     ) -> torch.Tensor:
         """One whole layer in one call: x [num_tokens, hidden], cos and sin [num_tokens, dim] of all rotary positions,
-        the layer's cache -> [num_tokens, hidden]."""
+        all float32, and the layer's cache, float32 or bfloat16 -> [num_tokens, hidden]."""
+        assert x.dtype is cos.dtype is sin.dtype is torch.float32
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         assert x.shape[0] == cos.shape[0] == step.num_tokens
         output = torch.empty_like(x)
@@ -202,7 +217,10 @@ class _Scoring(ctypes.Structure):
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "block_size", "dim", "value_dim")]
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("num_heads", "num_kv_heads", "block_size", "dim", "value_dim", "is_bfloat16")
+    ]
 
 
 class _Rows(ctypes.Structure):
@@ -228,7 +246,7 @@ class _Layer(ctypes.Structure):
         *((name, _Norm) for name in ("attention_norm", "mlp_norm", "output_norm")),
         *((name, ctypes.c_void_p) for name in ("qkv", "qkv_bias", "output", "output_bias")),
         *((name, ctypes.c_void_p) for name in ("gate_up", "gate_up_bias", "down", "down_bias")),
-        *((name, ctypes.c_int64) for name in ("hidden", "intermediate", "activation")),
+        *((name, ctypes.c_int64) for name in ("hidden", "intermediate", "activation", "is_bfloat16")),
         ("shape", _Shape),
         ("scoring", _Scoring),
     ]
@@ -267,8 +285,9 @@ class StepTables:
 
 
 class GatedLayer:
-    """A decoder layer with rotary positions, RMSNorms and a gated MLP. Linear layers are (packed weight, bias): query,
-    key and value joined, gate and up joined, each of the latter a multiple of `CpuKernels.block` wide.
+    """A decoder layer with rotary positions, RMSNorms and a gated MLP. Linear layers are (packed weight, float32 bias),
+    the weights all of one type: query, key and value joined, gate and up joined, each of the latter a multiple of
+    `CpuKernels.block` wide.
 
     norms: (weight, epsilon) or None, before the layer, of each query head, of each key head, of what attention gives,
     before the MLP, of what the MLP gives; the first and the fifth are always there.
@@ -287,6 +306,7 @@ class GatedLayer:
         down: tuple[torch.Tensor, torch.Tensor | None],
     ) -> None:
         assert norms[0] is not None and norms[4] is not None
+        assert all(norm is None or norm[0].dtype is torch.float32 for norm in norms)
         self._num_heads = num_heads
         self._kept = (scoring, norms, qkv, output, gate_up, down)  # for the structure has their addresses alone
         names = ("qkv", "qkv_bias", "output", "output_bias", "gate_up", "gate_up_bias", "down", "down_bias")
@@ -299,8 +319,9 @@ class GatedLayer:
                 for place, norm in zip(places, norms, strict=True)
             },
             hidden=len(norms[0][0]),
-            intermediate=down[0].shape[1],
+            intermediate=gate_up[0].shape[0] * gate_up[0].shape[2] // 2,
             activation=activation,
+            is_bfloat16=qkv[0].dtype is torch.bfloat16,
             scoring=_scoring(scoring),
         )
 
@@ -313,7 +334,9 @@ class GatedLayer:
 def _shape(num_heads: int, keys: torch.Tensor, values: torch.Tensor) -> _Shape:
     assert keys.is_contiguous() and values.is_contiguous()
     assert keys.shape[3] % HEAD_DIM_MULTIPLE == 0 and values.shape[3] % HEAD_DIM_MULTIPLE == 0
-    return _Shape(num_heads, keys.shape[1], keys.shape[2], keys.shape[3], values.shape[3])
+    is_bfloat16 = keys.dtype is torch.bfloat16
+    assert keys.dtype is values.dtype and (is_bfloat16 or keys.dtype is torch.float32)
+    return _Shape(num_heads, keys.shape[1], keys.shape[2], keys.shape[3], values.shape[3], is_bfloat16)
 
 
 def _scoring(scoring: Scoring) -> _Scoring:

@@ -1,4 +1,4 @@
-// Float32 kernels for a CPU: linear layers, the pieces of a layer around them, and attention that reads the paged cache.
+// Kernels for a CPU, in float32 or with weights and caches in bfloat16: linear layers, the pieces of a layer around them, and attention that reads the paged cache.
 //
 // Built for the machine at hand by cpu.py, which also states what each function must agree with. A thread pool of our
 // own runs them: between two calls of one step its threads wait awake for some microseconds, and otherwise sleep. While
@@ -17,6 +17,9 @@
 #include <vector>
 
 #include <sched.h>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -66,6 +69,12 @@ class Pool {
         return room_.data();
     }
 
+    // The same for rows in bfloat16.
+    uint32_t* pairs(int64_t size) {
+        if (static_cast<int64_t>(pairs_.size()) < size) pairs_.resize(size);
+        return pairs_.data();
+    }
+
     int64_t size() const { return static_cast<int64_t>(threads_.size()) + 1; }
 
   private:
@@ -90,6 +99,7 @@ class Pool {
 
     std::vector<std::thread> threads_;
     std::vector<float> room_;
+    std::vector<uint32_t> pairs_;
     std::mutex turn_, mutex_;
     std::condition_variable wake_;
     std::atomic<uint64_t> epoch_{0};
@@ -192,8 +202,15 @@ struct Norm {
 // A layer of the form that textgen_layer computes; the layout is known to cpu.py. Weights are packed, biases may be null.
 struct Layer {
     Norm input_norm, query_norm, key_norm, attention_norm, mlp_norm, output_norm;
-    const float *qkv, *qkv_bias, *output, *output_bias, *gate_up, *gate_up_bias, *down, *down_bias;
-    int64_t hidden, intermediate, activation;
+    const void* qkv;
+    const float* qkv_bias;
+    const void* output;
+    const float* output_bias;
+    const void* gate_up;
+    const float* gate_up_bias;
+    const void* down;
+    const float* down_bias;
+    int64_t hidden, intermediate, activation, is_bfloat16;  // the weights: else float32
     Shape shape;
     Scoring scoring;
 };
@@ -215,54 +232,14 @@ void by_pieces(Pool* pool, int64_t num_outputs, Work work) {
               [&](int64_t item) { work(item * piece, std::min(num_outputs, (item + 1) * piece)); });
 }
 
-}  // namespace
-
-extern "C" {
-
-void* textgen_pool(int num_threads) { return new Pool(num_threads); }
-
-void textgen_free_pool(void* pool) { delete static_cast<Pool*>(pool); }
-
-int64_t textgen_block() { return kBlock; }
-
-// packed: room for blocks_of(num_outputs) * depth * kBlock floats.
-void textgen_pack(void* pool, const float* weight, float* packed, int64_t depth, int64_t num_outputs) {
-    static_cast<Pool*>(pool)->run(blocks_of(num_outputs), [&](int64_t block) {
-        float* to = packed + block * depth * kBlock;
-        const int64_t width = std::min<int64_t>(kBlock, num_outputs - block * kBlock);
-        for (int64_t k = 0; k < depth; ++k)
-            for (int64_t i = 0; i < kBlock; ++i)
-                to[k * kBlock + i] = i < width ? weight[(block * kBlock + i) * depth + k] : 0.0f;
-    });
-}
-
-// out [num_ids, depth]: rows of a packed weight.
-void textgen_take(void* pool, const float* packed, const int64_t* ids, float* out, int64_t num_ids, int64_t depth) {
-    by_rows(static_cast<Pool*>(pool), num_ids, [&](int64_t row) {
-        const float* from = packed + ids[row] / kBlock * depth * kBlock + ids[row] % kBlock;
-        for (int64_t k = 0; k < depth; ++k) out[row * depth + k] = from[k * kBlock];
-    });
-}
-
-void textgen_linear(void* pool, const float* x, const float* packed, const float* bias, float* out, int64_t num_rows,
-                    int64_t depth, int64_t num_outputs) {
-    packed_linear(static_cast<Pool*>(pool), x, packed, bias, nullptr, out, num_rows, depth, num_outputs);
-}
-
-void textgen_attend(void* pool, const Rows* query, const Rows* key, const Rows* value, float* keys, float* values,
-                    float* output, const Shape* shape, const Step* step, const Scoring* scoring) {
-    attend(static_cast<Pool*>(pool), *query, *key, *value, keys, values, output, *shape, *step, *scoring);
-}
-
 // A decoder layer: h = x + attention(norm(x)) @ wo^T; out = h + (act(gate) * up) @ wd^T, gate and up = norm(h) @ w^T;
 // what is added to x and h goes through a norm of its own where there is one. `intermediate` is a multiple of kBlock, so
 // that gate and up have blocks of their own. cos and sin: [rows, dim].
-void textgen_layer(void* handle, const Layer* given, const Step* step, const float* x, const float* cos,
-                   const float* sin, float* keys, float* values, float* out) {
-    Pool* pool = static_cast<Pool*>(handle);
-    const Layer& layer = *given;
+template <class Element>
+void run_layer(Pool* pool, const Layer& layer, const Step& step, const float* x, const float* cos, const float* sin,
+               void* keys, void* values, float* out) {
     const Shape& shape = layer.shape;
-    const int64_t num_rows = step->num_tokens, hidden = layer.hidden, intermediate = layer.intermediate;
+    const int64_t num_rows = step.num_tokens, hidden = layer.hidden, intermediate = layer.intermediate;
     const int64_t dim = shape.dim, half = dim / 2, attended_size = shape.num_heads * shape.value_dim;
     const int64_t qkv_size = (shape.num_heads + shape.num_kv_heads) * dim + shape.num_kv_heads * shape.value_dim;
     float* normed = pool->room(num_rows * (2 * hidden + std::max(qkv_size + attended_size, intermediate)));
@@ -272,7 +249,13 @@ void textgen_layer(void* handle, const Layer* given, const Step* step, const flo
     float* activated = qkv;  // when both are done with
     by_rows(pool, num_rows,
             [&](int64_t row) { layer.input_norm(x + row * hidden, normed + row * hidden, hidden); });
-    packed_linear(pool, normed, layer.qkv, layer.qkv_bias, nullptr, qkv, num_rows, hidden, qkv_size);
+    auto weight = [](const void* packed) { return static_cast<const Element*>(packed); };
+    auto linear = [&](const float* from, int64_t depth, const void* packed, const float* bias, const float* residual,
+                      float* to, int64_t num_outputs) {
+        packed_linear(pool, as_elements(pool, from, num_rows, depth, weight(packed)), weight(packed), bias, residual, to,
+                      num_rows, elements_of(depth, weight(packed)), num_outputs);
+    };
+    linear(normed, hidden, layer.qkv, layer.qkv_bias, nullptr, qkv, qkv_size);
     by_rows(pool, num_rows, [&](int64_t row) {
         for (int64_t head = 0; head < shape.num_heads + shape.num_kv_heads; ++head) {
             float* first = qkv + row * qkv_size + head * dim;
@@ -290,11 +273,11 @@ void textgen_layer(void* handle, const Layer* given, const Step* step, const flo
     });
     const float* key = qkv + shape.num_heads * dim;
     attend(pool, {qkv, qkv_size, dim}, {key, qkv_size, dim}, {key + shape.num_kv_heads * dim, qkv_size, shape.value_dim},
-           keys, values, attended, shape, *step, layer.scoring);
+           keys, values, attended, shape, step, layer.scoring);
     // out = weights @ from + residual, or + norm(weights @ from).
-    auto add_linear = [&](const float* from, int64_t depth, const float* weight, const float* bias, const Norm& norm,
+    auto add_linear = [&](const float* from, int64_t depth, const void* packed, const float* bias, const Norm& norm,
                           const float* residual, float* to) {
-        packed_linear(pool, from, weight, bias, norm.weight ? nullptr : residual, to, num_rows, depth, hidden);
+        linear(from, depth, packed, bias, norm.weight ? nullptr : residual, to, hidden);
         if (norm.weight)
             by_rows(pool, num_rows, [&](int64_t row) {
                 norm(to + row * hidden, to + row * hidden, hidden);
@@ -303,13 +286,16 @@ void textgen_layer(void* handle, const Layer* given, const Step* step, const flo
     };
     add_linear(attended, attended_size, layer.output, layer.output_bias, layer.attention_norm, x, h);
     by_rows(pool, num_rows, [&](int64_t row) { layer.mlp_norm(h + row * hidden, normed + row * hidden, hidden); });
-    const float* w_up = layer.gate_up + intermediate * hidden;
+    const Element* gates = weight(layer.gate_up);
+    const int64_t depth = elements_of(hidden, gates);
+    const Element* ups = gates + intermediate * depth;
+    const Element* inputs = as_elements(pool, normed, num_rows, hidden, gates);
     by_blocks(pool, num_rows, intermediate / kBlock, [&](int64_t block, int64_t first, int64_t end) {
         const int64_t count = end - first, column = block * kBlock;
         float* gate = scratch(2 * count * kBlock);
         float* up = gate + count * kBlock;
-        packed_block(normed + first * hidden, hidden, layer.gate_up + column * hidden, gate, kBlock, count);
-        packed_block(normed + first * hidden, hidden, w_up + column * hidden, up, kBlock, count);
+        packed_block(inputs + first * depth, depth, gates + column * depth, gate, kBlock, count);
+        packed_block(inputs + first * depth, depth, ups + column * depth, up, kBlock, count);
         for (int64_t row = 0; row < count; ++row)
             for (int64_t i = 0; i < kBlock; i += kLanes) {
                 Vector g = load(gate + row * kBlock + i), u = load(up + row * kBlock + i);
@@ -321,6 +307,76 @@ void textgen_layer(void* handle, const Layer* given, const Step* step, const flo
             }
     });
     add_linear(activated, intermediate, layer.down, layer.down_bias, layer.output_norm, h, out);
+}
+
+}  // namespace
+
+extern "C" {
+
+void* textgen_pool(int num_threads) { return new Pool(num_threads); }
+
+void textgen_free_pool(void* pool) { delete static_cast<Pool*>(pool); }
+
+int64_t textgen_block() { return kBlock; }
+
+int64_t textgen_has_bfloat16() { return kHasPairs; }
+
+// packed: room for blocks_of(num_outputs) * kBlock rows.
+void textgen_pack(void* pool, int64_t is_bfloat16, const void* weight, void* packed, int64_t depth,
+                  int64_t num_outputs) {
+    static_cast<Pool*>(pool)->run(blocks_of(num_outputs), [&](int64_t block) {
+        const int64_t width = std::min<int64_t>(kBlock, num_outputs - block * kBlock);
+        auto fill = [&](const auto* from, auto* to, int64_t together) {  // neighbours in depth that stay together
+            const int64_t steps = (depth + together - 1) / together;
+            to += block * steps * kBlock * together;
+            for (int64_t k = 0; k < steps * together; ++k)
+                for (int64_t i = 0; i < kBlock; ++i)
+                    to[(k / together * kBlock + i) * together + k % together] =
+                        i < width && k < depth ? from[(block * kBlock + i) * depth + k] : 0;
+        };
+        if (is_bfloat16)
+            fill(static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(packed), 2);
+        else
+            fill(static_cast<const float*>(weight), static_cast<float*>(packed), 1);
+    });
+}
+
+// out [num_ids, depth]: rows of a packed weight, in its type.
+void textgen_take(void* pool, int64_t is_bfloat16, const void* packed, const int64_t* ids, void* out, int64_t num_ids,
+                  int64_t depth) {
+    by_rows(static_cast<Pool*>(pool), num_ids, [&](int64_t row) {
+        auto copy = [&](const auto* from, auto* to, int64_t together) {
+            from += (ids[row] / kBlock * ((depth + together - 1) / together) * kBlock + ids[row] % kBlock) * together;
+            for (int64_t k = 0; k < depth; ++k) to[row * depth + k] = from[k / together * kBlock * together + k % together];
+        };
+        if (is_bfloat16)
+            copy(static_cast<const uint16_t*>(packed), static_cast<uint16_t*>(out), 2);
+        else
+            copy(static_cast<const float*>(packed), static_cast<float*>(out), 1);
+    });
+}
+
+void textgen_linear(void* handle, int64_t is_bfloat16, const float* x, const void* packed, const float* bias,
+                    float* out, int64_t num_rows, int64_t depth, int64_t num_outputs) {
+    Pool* pool = static_cast<Pool*>(handle);
+    auto run = [&](const auto* weight) {
+        packed_linear(pool, as_elements(pool, x, num_rows, depth, weight), weight, bias, nullptr, out, num_rows,
+                      elements_of(depth, weight), num_outputs);
+    };
+    is_bfloat16 ? run(static_cast<const Pair*>(packed)) : run(static_cast<const float*>(packed));
+}
+
+void textgen_attend(void* pool, const Rows* query, const Rows* key, const Rows* value, void* keys, void* values,
+                    float* output, const Shape* shape, const Step* step, const Scoring* scoring) {
+    attend(static_cast<Pool*>(pool), *query, *key, *value, keys, values, output, *shape, *step, *scoring);
+}
+
+void textgen_layer(void* pool, const Layer* layer, const Step* step, const float* x, const float* cos, const float* sin,
+                   void* keys, void* values, float* out) {
+    if (layer->is_bfloat16)
+        run_layer<Pair>(static_cast<Pool*>(pool), *layer, *step, x, cos, sin, keys, values, out);
+    else
+        run_layer<float>(static_cast<Pool*>(pool), *layer, *step, x, cos, sin, keys, values, out);
 }
 
 }  // extern "C"

@@ -5,6 +5,11 @@
 // rows, so nothing is added across the lanes of a vector, and a weight is read from memory once per step of the engine.
 // Every output adds its products in the order of depth, whatever rows stand beside it: a row's result is the same to
 // the last bit in any batch.
+//
+// Weights in bfloat16 lie in pairs, [blocks][depth / 2][kBlock][2], and so do the rows they are multiplied by; sums are
+// float32. An "element" below is a float, or a Pair.
+
+typedef uint32_t Pair;  // two bfloat16 neighbours in depth, the first in the lower half
 
 constexpr int kBlockVectors = 2, kBlock = kBlockVectors * kLanes;
 #if defined(__AVX512F__)
@@ -37,8 +42,37 @@ void packed_tile(const float* x, int64_t x_stride, const float* block, float* ou
         for (int v = 0; v < kBlockVectors; ++v) put(out + r * out_stride + v * kLanes, acc[r][v]);
 }
 
-template <int R = kBlockRows, bool Turned = false>
-void packed_rows(int rows, const float* x, int64_t x_stride, const float* block, float* out, int64_t out_stride,
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+
+template <int R, bool Turned>
+void packed_tile(const Pair* x, int64_t x_stride, const Pair* block, float* out, int64_t out_stride, int64_t depth,
+                 bool adds) {
+    __m512 acc[R][kBlockVectors];
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < kBlockVectors; ++v)
+            acc[r][v] = adds ? _mm512_loadu_ps(out + r * out_stride + v * kLanes) : _mm512_setzero_ps();
+    for (int64_t k = 0; k < depth; ++k) {
+        __m512bh w[kBlockVectors];
+        for (int v = 0; v < kBlockVectors; ++v)
+            w[v] = (__m512bh)_mm512_loadu_si512(block + k * kBlock + v * kLanes);
+        for (int r = 0; r < R; ++r) {
+            const __m512bh pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[r * x_stride + k]));
+            for (int v = 0; v < kBlockVectors; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], pair, w[v]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < kBlockVectors; ++v) _mm512_storeu_ps(out + r * out_stride + v * kLanes, acc[r][v]);
+}
+#else
+constexpr bool kHasPairs = false;
+
+template <int R, bool Turned>
+void packed_tile(const Pair*, int64_t, const Pair*, float*, int64_t, int64_t, bool) {}  // never called
+#endif
+
+template <int R = kBlockRows, bool Turned = false, class Element>
+void packed_rows(int rows, const Element* x, int64_t x_stride, const Element* block, float* out, int64_t out_stride,
                  int64_t depth, bool adds) {
     if constexpr (R > 1) {
         if (rows < R) return packed_rows<R - 1, Turned>(rows, x, x_stride, block, out, out_stride, depth, adds);
@@ -47,7 +81,8 @@ void packed_rows(int rows, const float* x, int64_t x_stride, const float* block,
 }
 
 // All rows for one block of kBlock outputs. The rows are dealt evenly to tiles: 14 rows are 7 + 7, not 12 + 2.
-void packed_block(const float* x, int64_t depth, const float* block, float* out, int64_t out_stride,
+template <class Element>
+void packed_block(const Element* x, int64_t depth, const Element* block, float* out, int64_t out_stride,
                   int64_t num_rows) {
     const int64_t num_tiles = (num_rows + kBlockRows - 1) / kBlockRows;
     for (int64_t begin = 0; begin < depth; begin += kDepthStep) {
@@ -93,12 +128,46 @@ void by_rows(Pool* pool, int64_t num_rows, Work work) {
     });
 }
 
-// out [num_rows, num_outputs] = x @ weight^T (+ bias) (+ residual), the weight packed.
-void packed_linear(Pool* pool, const float* x, const float* packed, const float* bias, const float* residual,
+inline uint16_t to_bfloat16(float value) {  // to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    if (std::isnan(value)) return static_cast<uint16_t>(bits >> 16 | 64);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float from_bfloat16(uint16_t value) {
+    const uint32_t bits = static_cast<uint32_t>(value) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof(result));
+    return result;
+}
+
+// Elements of a row.
+inline int64_t elements_of(int64_t depth, const float*) { return depth; }
+inline int64_t elements_of(int64_t depth, const Pair*) { return (depth + 1) / 2; }
+
+// Rows as elements: as they are, or in the pool's room for pairs.
+inline const float* as_elements(Pool*, const float* x, int64_t, int64_t, const float*) { return x; }
+
+inline const Pair* as_elements(Pool* pool, const float* x, int64_t num_rows, int64_t depth, const Pair* kind) {
+    const int64_t size = elements_of(depth, kind);
+    Pair* pairs = pool->pairs(num_rows * size);
+    by_rows(pool, num_rows, [&](int64_t row) {
+        const float* from = x + row * depth;
+        for (int64_t k = 0; k < depth / 2; ++k)
+            pairs[row * size + k] = static_cast<Pair>(to_bfloat16(from[2 * k + 1])) << 16 | to_bfloat16(from[2 * k]);
+        if (depth % 2) pairs[row * size + size - 1] = to_bfloat16(from[depth - 1]);
+    });
+    return pairs;
+}
+
+// out [num_rows, num_outputs] = x @ weight^T (+ bias) (+ residual), the weight packed; depth in elements.
+template <class Element>
+void packed_linear(Pool* pool, const Element* x, const Element* packed, const float* bias, const float* residual,
                    float* out, int64_t num_rows, int64_t depth, int64_t num_outputs) {
     by_blocks(pool, num_rows, blocks_of(num_outputs), [&](int64_t block, int64_t first, int64_t end) {
         const int64_t column = block * kBlock, width = std::min<int64_t>(kBlock, num_outputs - column);
-        const float* weight = packed + block * depth * kBlock;
+        const Element* weight = packed + block * depth * kBlock;
         float* to = out + first * num_outputs + column;
         if (width == kBlock) {
             packed_block(x + first * depth, depth, weight, to, num_outputs, end - first);

@@ -46,8 +46,8 @@ class CpuLinear(torch.nn.Module):
 
 
 class PackedLinear(torch.nn.Module):
-    """Stands in for torch.nn.Linear with a packed copy of its weight: x [..., in_features] -> [..., out_features],
-    float32.
+    """Stands in for torch.nn.Linear with a packed copy of its weight, float32 or bfloat16: x [..., in_features] ->
+    [..., out_features], in the type of x. Sums are float32; beside a bfloat16 weight x is rounded to bfloat16.
 
     Agrees with torch.nn.functional.linear up to the order of float32 additions; a row's result is the same to the last
     bit whatever rows stand beside it.
@@ -59,18 +59,25 @@ class PackedLinear(torch.nn.Module):
         empty = None if memory is None else memory.empty
         self.packed: torch.Tensor
         self.register_buffer("packed", kernels.pack(linear.weight.detach(), empty), persistent=False)
-        self.bias = linear.bias
+        bias = linear.bias
+        self.bias = (
+            bias
+            if bias is None or bias.dtype is torch.float32
+            else torch.nn.Parameter(bias.float(), requires_grad=False)
+        )
         self.kernels = kernels
 
     @property
     def weight(self) -> torch.Tensor:
         """The weight [out_features, in_features] itself, unpacked anew: for code that rarely looks at it."""
-        return self.packed.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
+        blocks = self.packed if self.packed.dim() == 4 else self.packed[..., None]  # [blocks, steps, block, neighbours]
+        rows = blocks.transpose(1, 2).flatten(2).flatten(0, 1)
+        return rows[: self.out_features, : self.in_features]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features).float()
         output = self.kernels.linear(rows, self.packed, self.bias, self.out_features)
-        return output.view(*x.shape[:-1], self.out_features)
+        return output.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
 class PackedEmbedding(torch.nn.Module):
@@ -91,7 +98,7 @@ class PackedEmbedding(torch.nn.Module):
         flat = ids.reshape(-1)
         if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < self.num_embeddings:
             raise IndexError(f"a token id outside 0 to {self.num_embeddings - 1}")
-        return head.kernels.take(head.packed, flat).view(*ids.shape, self.embedding_dim)
+        return head.kernels.take(head.packed, flat, self.embedding_dim).view(*ids.shape, self.embedding_dim)
 
 
 class TiledLinear(CpuLinear):
@@ -124,20 +131,21 @@ def replace_linears(model: torch.nn.Module, kernels: CpuKernels | None = None, *
     packed: dict[int, PackedLinear] = {}  # by the address of the weight they were made of
 
     def replacement(linear: torch.nn.Linear) -> torch.nn.Module:
-        if kernels is None or linear.weight.numel() < _LEAST_PACKED:
+        if kernels is None or (linear.weight.numel() < _LEAST_PACKED and linear.weight.dtype is torch.float32):
             return TiledLinear(linear) if batch_invariant else CpuLinear(linear)
         layer = PackedLinear(linear, kernels, memory)
         packed[linear.weight.data_ptr()] = layer
         return layer
 
     num_replaced = 0
+    dtypes = {torch.float32} if kernels is None else kernels.dtypes
     shared = {
         child.weight.data_ptr(): (module, name, child)
         for module, name, child in _children(model)
         if type(child) is torch.nn.Embedding and not has_hooks(child)
     }
     for module, name, child in _children(model):
-        if type(child) is torch.nn.Linear and child.weight.dtype is torch.float32 and not has_hooks(child):
+        if type(child) is torch.nn.Linear and child.weight.dtype in dtypes and not has_hooks(child):
             setattr(module, name, replacement(child))
             num_replaced += 1
     for address, layer in packed.items():

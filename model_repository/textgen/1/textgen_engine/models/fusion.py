@@ -28,11 +28,12 @@ _TRIAL_ROWS = 3
 # Float32 sums in another order: far less than any real difference between two layers.
 _TOLERANCE = 1e-4
 _TOLERANCE_INTEGERS = 2e-2
+_TOLERANCE_BFLOAT16 = 3e-2  # of which the stock layer's rounding is the larger part
 
 
 class FusedNorm(torch.nn.Module):
-    """An RMSNorm in one operation. weight: what the normed values are multiplied by; of its own, if the stock module
-    multiplies by one more than its parameter."""
+    """An RMSNorm in one operation, in float32. weight: what the normed values are multiplied by; its own, if the stock
+    module multiplies by one more than its parameter."""
 
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         super().__init__()
@@ -56,8 +57,8 @@ class Family:
     outer_norms: bool = False
     has_experts: bool = False
 
-    def matches(self, layer: Any) -> bool:
-        """Whether the layer has these parts and no others, all of which can be joined."""
+    def matches(self, layer: Any, dtypes: set[torch.dtype]) -> bool:
+        """Whether the layer has these parts and no others, all of which can be joined, in one of these types."""
         children = {name: child for name, child in layer.named_modules() if name}
         if self.has_experts == ("mlp.gate_proj" in children):
             return False
@@ -69,7 +70,8 @@ class Family:
             len(kinds) == 1
             and None not in kinds
             and not any(has_hooks(module) for module in layer.modules())
-            and all(parameter.dtype is torch.float32 for parameter in layer.parameters())
+            and len(found := {parameter.dtype for parameter in layer.parameters()}) == 1
+            and found <= (dtypes if kinds == {torch.nn.Linear} and not self.has_experts else {torch.float32})
         )
 
     def _parts(self) -> set[str]:
@@ -100,11 +102,15 @@ class FusedGatedLayer(torch.nn.Module):
     Replaces q_proj, k_proj, v_proj by `qkv` and gate_proj, up_proj by `gate_up`, rows joined in this order; needs a
     trial's Recorder for what only the stock attention knows: its scoring.
 
+    Weights in bfloat16 are for the compiled kernels alone; everything between the linear layers is then float32, and so
+    is what comes out, unless `returns_input_type` is set.
+
     sum_over_ranks: set where this rank holds only a part of every layer's heads and inner units: adds up the partial
     results of attention and MLP before they are added to the residual.
     """
 
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
+    returns_input_type = True
 
     def __init__(
         self,
@@ -180,8 +186,19 @@ class FusedGatedLayer(torch.nn.Module):
         attention_backend: AttentionBackend,
         **_: Any,  # masks, positions and caches of transformers, which attention/bridge.py has no use for either
     ) -> torch.Tensor:
-        x = hidden_states[0]  # [num_tokens, hidden]
-        cos, sin = (table[0] for table in position_embeddings)  # [num_tokens, dim]
+        cos, sin = (table[0].float() for table in position_embeddings)
+        output = self._run(hidden_states[0].float(), cos, sin, attention_metadata, attention_backend)
+        return (output.to(hidden_states.dtype) if self.returns_input_type else output)[None]
+
+    def _run(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attention_metadata: AttentionMetadata,
+        attention_backend: AttentionBackend,
+    ) -> torch.Tensor:
+        """x [num_tokens, hidden], cos and sin [num_tokens, dim] -> [num_tokens, hidden], all float32."""
         plan = attention_metadata.plan
         if (
             self._whole is not None
@@ -192,11 +209,11 @@ class FusedGatedLayer(torch.nn.Module):
             and cos.shape[1] == self.head_dim
         ):
             cache = attention_metadata.keys[self.layer_idx], attention_metadata.values[self.layer_idx]
-            return self._kernels.layer(self._whole, plan, x, cos, sin, *cache)[None]
+            return self._kernels.layer(self._whole, plan, x, cos, sin, *cache)
         qkv = self._plain_in(x, cos, sin)
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         attended = attention_backend.run(self.layer_idx, query, key, value, attention_metadata, self.scoring)
-        return self._plain_out(attended.reshape(x.shape[0], -1), x)[None]
+        return self._plain_out(attended.reshape(x.shape[0], -1), x)
 
     def _plain_in(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         qkv: torch.Tensor = self.qkv(self.input_norm(x))
@@ -247,10 +264,11 @@ def fuse_layers(
     done = Fusion()
     memory = WeightMemory()
     families = [family for family in FAMILIES if not (is_part and family.has_experts)]
+    dtypes = {torch.float32} if kernels is None else kernels.dtypes
     for layers in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
         for index, layer in enumerate(layers):
             # A fused layer gets a step's metadata by keyword; a model that hands none on keeps its layers.
-            family = next((one for one in families if one.matches(layer)), None)
+            family = next((one for one in families if one.matches(layer, dtypes)), None)
             if family is None or hasattr(layer, STEP_ATTRIBUTE):
                 continue
             fused = _tried(family, layer, kernels, scorings, memory)
@@ -259,6 +277,10 @@ def fuse_layers(
             else:
                 layers[index] = fused
                 done.layers[family.name] += 1
+        fused_layers = [layer for layer in layers if isinstance(layer, FusedGatedLayer)]
+        if len(fused_layers) == len(layers):  # nobody else sees what they pass on
+            for layer in fused_layers:
+                layer.returns_input_type = False
     return done
 
 
@@ -274,9 +296,12 @@ def _tried(
     generator = torch.Generator().manual_seed(0)
     # An activation whose last bit differs may be rounded to the next of 255 integers.
     tolerance = _TOLERANCE_INTEGERS if isinstance(layer.self_attn.q_proj, IntegerLinear) else _TOLERANCE
+    norm: torch.Tensor = layer.input_layernorm.weight
+    if norm.dtype is torch.bfloat16:
+        tolerance = _TOLERANCE_BFLOAT16
     dim = layer.self_attn.head_dim
-    x = torch.randn(1, _TRIAL_ROWS, layer.input_layernorm.weight.shape[0], generator=generator)
-    angles = torch.randn(1, _TRIAL_ROWS, dim // 2, generator=generator).repeat(1, 1, 2)
+    x = torch.randn(1, _TRIAL_ROWS, norm.shape[0], generator=generator).to(norm.dtype)
+    angles = torch.randn(1, _TRIAL_ROWS, dim // 2, generator=generator).repeat(1, 1, 2).to(norm.dtype)
     stock, ours = Recorder(), Recorder()
     keywords = {"position_embeddings": (angles.cos(), angles.sin()), "attention_metadata": _NO_METADATA}
     try:
@@ -287,11 +312,16 @@ def _tried(
         found = fused(x, attention_backend=ours, **keywords)
         pairs = ((expected, found), (stock.query, ours.query), (stock.key, ours.key), (stock.value, ours.value))
         for right, given in pairs:
-            if not torch.allclose(right, given, atol=tolerance * float(right.abs().max()), rtol=0):
+            if not _close(right, given, tolerance):
                 return None
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
         return None  # not called as we thought, so not the layer we thought
     return fused
+
+
+def _close(right: torch.Tensor, given: torch.Tensor, tolerance: float) -> bool:
+    right, given = right.float(), given.float()
+    return torch.allclose(right, given, atol=tolerance * float(right.abs().max()), rtol=0)
 
 
 _NO_METADATA = AttentionMetadata(0, [], [], torch.empty(0), torch.empty(0), torch.empty(0), [], [])
@@ -332,12 +362,13 @@ def _norm_of(module: Any) -> FusedNorm:
     weight, epsilon = module.weight, getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(epsilon, float):
         raise TypeError(f"{type(module).__name__} is no RMSNorm")
-    x = torch.randn(_TRIAL_ROWS, weight.shape[0], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(_TRIAL_ROWS, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     expected = module(x)
+    tolerance = _TOLERANCE if weight.dtype is torch.float32 else _TOLERANCE_BFLOAT16
     with torch.inference_mode(False):
-        for candidate in (weight.data, 1.0 + weight.data):
+        for candidate in (weight.data.float(), 1.0 + weight.data.float()):
             norm = FusedNorm(candidate, epsilon)
-            if torch.allclose(norm(x), expected, atol=_TOLERANCE * float(expected.abs().max()), rtol=0):
+            if _close(expected, norm(x.float()), tolerance):
                 return norm
     raise TypeError(f"{type(module).__name__} is no RMSNorm")
 
