@@ -36,10 +36,12 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS_A_ROUND = 5
 
 
-def make_engine(model: Path, batch: int, context: int, steps: int, threads: int, *, compiled: bool) -> Engine:
+def make_engine(
+    model: Path, batch: int, context: int, steps: int, threads: int, *, compiled: bool, dtype: str = "float32"
+) -> Engine:
     """An engine in which `batch` sequences of `context` tokens are decoding."""
     config = EngineConfig(
-        model=ModelConfig(str(model), dtype="float32", num_threads=threads),
+        model=ModelConfig(str(model), dtype=dtype, num_threads=threads),
         cache=CacheConfig(num_blocks=batch * (-(-(context + steps) // 16) + 2), prefix_caching=False),
         scheduler=SchedulerConfig(batch, 512),
         log_level="error",

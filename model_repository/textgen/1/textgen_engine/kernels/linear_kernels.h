@@ -154,9 +154,15 @@ inline const Pair* as_elements(Pool* pool, const float* x, int64_t num_rows, int
     Pair* pairs = pool->pairs(num_rows * size);
     by_rows(pool, num_rows, [&](int64_t row) {
         const float* from = x + row * depth;
-        for (int64_t k = 0; k < depth / 2; ++k)
-            pairs[row * size + k] = static_cast<Pair>(to_bfloat16(from[2 * k + 1])) << 16 | to_bfloat16(from[2 * k]);
-        if (depth % 2) pairs[row * size + size - 1] = to_bfloat16(from[depth - 1]);
+        int64_t k = 0;
+#if defined(__AVX512BF16__)
+        for (; k + kLanes <= depth; k += kLanes)
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(pairs + row * size + k / 2),
+                                (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + k)));
+#endif
+        for (; k < depth; k += 2)
+            pairs[row * size + k / 2] =
+                (k + 1 < depth ? static_cast<Pair>(to_bfloat16(from[k + 1])) << 16 : 0) | to_bfloat16(from[k]);
     });
     return pairs;
 }
