@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "model_repository" / "textgen" / "1"))
@@ -37,7 +37,14 @@ STEPS_A_ROUND = 5
 
 
 def make_engine(
-    model: Path, batch: int, context: int, steps: int, threads: int, *, compiled: bool, dtype: str = "float32"
+    model: Path,
+    batch: int,
+    context: int,
+    steps: int,
+    threads: int,
+    *,
+    compiled: bool,
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Engine:
     """An engine in which `batch` sequences of `context` tokens are decoding."""
     config = EngineConfig(
