@@ -86,6 +86,13 @@ def test_weights_quantized_at_load_are_what_the_parts_stand_for(
         assert_alike(new_ranks(model, 2, quantize=method), new_ranks(model, 1, quantize=method), num_tokens=6)
 
 
+def test_experts_quantized_at_load(new_ranks: NewRanks, tmp_path: Path) -> None:
+    """Blocks of 64 weights, which the ranks' parts of each expert are made of."""
+    model = save_checkpoint(tmp_path / "model", "mixtral", **EVEN)
+    options = {"quantize": "bitsandbytes-nf4"}
+    assert_alike(new_ranks(model, 2, **options), new_ranks(model, 1, **options), PROMPTS[:4], num_tokens=6)
+
+
 def what_parts_stand_for(model: Path, folder: Path, method: str) -> Path:
     """A plain checkpoint of the weights that two ranks hold; each near those of the model, and quantized."""
     original = load_file(model / "model.safetensors")

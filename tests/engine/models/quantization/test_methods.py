@@ -17,15 +17,19 @@ from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.config import ModelConfig
 from textgen_engine.errors import ModelLoadError
 from textgen_engine.kernels.cpu import load_kernels
+from textgen_engine.models.experts import has_known_form
 from textgen_engine.models.fusion import FusedGatedLayer
 from textgen_engine.models.loader import LoadedModel, load_model
 from textgen_engine.models.quantization.bitsandbytes_4bit import TABLES, FourBit
+from textgen_engine.models.quantization.experts import QuantizedExperts
 from textgen_engine.models.quantization.linear import CodedLinear, IntegerLinear, QuantizedLinear, unpack_nibbles
 from textgen_quantization import packers
 
 from ...tiny import Harness, make_request, save_checkpoint
 
 AT_LOAD = ("int8", "eetq", "bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4", "fp8")
+# Multiples of 64, which 4-bit codes need.
+EXPERT_SIZES = {"intermediate_size": 128, "moe_intermediate_size": 128}
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [100], [33] * 40, [2, 300, 4]]
 
 CT = {"quant_method": "compressed-tensors"}
@@ -157,6 +161,37 @@ def test_without_compiled_kernels_the_reference_serves(llama: Path, method: str,
         if isinstance(one, QuantizedLinear):
             x = torch.randn(2, one.in_features, generator=torch.Generator().manual_seed(0))
             torch.testing.assert_close(one(x), other(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("mixtral", "eetq"), ("qwen3_moe", "int8"), ("mixtral", "fp8"), ("mixtral", "bitsandbytes-nf4")],
+)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_experts_are_quantized(
+    tmp_path: Path, new_engine: Callable[..., Harness], family: str, method: str, compiled: bool
+) -> None:
+    """Each expert as a layer of its own: what comes out is what the weights they stand for give."""
+    folder = save_checkpoint(tmp_path / "plain", family, **EXPERT_SIZES)
+    loaded, stock = load(folder, quantize=method, compiled=compiled), load(folder, compiled=False)
+    quantized = [module for module in loaded.model.modules() if isinstance(module, QuantizedExperts)]
+    plain = [module for module in stock.model.modules() if has_known_form(module)]
+    assert len(quantized) == len(plain) == 2
+    for ours, theirs in zip(quantized, plain, strict=True):
+        assert not list(ours.named_parameters())
+        for name, layers in (("gate_up_proj", ours.gate_up), ("down_proj", ours.down)):
+            meant = torch.stack([weights_of(layer) for layer in layers])  # type: ignore[arg-type]
+            original = getattr(theirs, name).data
+            assert float((meant - original).abs().mean() / original.abs().mean()) < (0.1 if "nf4" in method else 0.03)
+            original.copy_(meant)
+        x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
+        weights, index = torch.rand(7, 4, generator=torch.Generator().manual_seed(1)).topk(2)
+        with torch.inference_mode():
+            expected, found = theirs(x, index, weights), ours(x, index, weights)
+        tolerance = 0.03 if method == "int8" else 1e-4
+        torch.testing.assert_close(found, expected, atol=tolerance * float(expected.abs().max()), rtol=0)
+    if compiled:
+        assert all(len(text) == 12 for text in texts(new_engine(folder, quantize=method)))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mixtral", "gpt_neox", "phi3", "gemma3"])

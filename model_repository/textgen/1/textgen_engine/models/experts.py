@@ -7,6 +7,7 @@ slow about that. It stays in charge of experts of any other form.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,16 +43,7 @@ class GroupedExperts(torch.nn.Module):
     ) -> torch.Tensor:
         """hidden_states [num_tokens, hidden], the experts of each token and their weights [num_tokens, k] -> as the
         first."""
-        num_tokens, num_chosen = top_k_index.shape
-        chosen, order = top_k_index.reshape(-1).sort(stable=True)
-        rows = hidden_states[order // num_chosen]  # [num_tokens * k, hidden], by expert
-        counts = torch.bincount(chosen, minlength=self.stock.num_experts).tolist()
-        parts = [self._expert(expert, part) for expert, part in enumerate(rows.split(counts)) if len(part)]
-        scaled = torch.cat(parts) * top_k_weights.reshape(-1)[order, None]
-        # Back in the tokens' order, so that each token adds up its experts in the order it chose them in.
-        back = torch.empty_like(scaled)
-        back[order] = scaled
-        return back.view(num_tokens, num_chosen, -1).sum(1)
+        return by_expert(hidden_states, top_k_index, top_k_weights, self.stock.num_experts, self._expert)
 
     def _expert(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
         stock = self.stock
@@ -59,6 +51,26 @@ class GroupedExperts(torch.nn.Module):
         gate_up, down = self.get_buffer(f"gate_up_{expert}"), self.get_buffer(f"down_{expert}")
         both = self._kernels.linear(rows, gate_up, biases[0], self._sizes[0])
         return self._kernels.linear(stock._apply_gate(both), down, biases[1], self._sizes[1])
+
+
+def by_expert(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    num_experts: int,
+    expert: Callable[[int, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Each token's weighted sum over its experts, where expert(number, rows) computes an expert's rows all at once."""
+    num_tokens, num_chosen = top_k_index.shape
+    chosen, order = top_k_index.reshape(-1).sort(stable=True)
+    rows = hidden_states[order // num_chosen]  # [num_tokens * k, hidden], by expert
+    counts = torch.bincount(chosen, minlength=num_experts).tolist()
+    parts = [expert(number, part) for number, part in enumerate(rows.split(counts)) if len(part)]
+    scaled = torch.cat(parts) * top_k_weights.reshape(-1)[order, None].to(rows.dtype)
+    # Back in the tokens' order, so that each token adds up its experts in the order it chose them in.
+    back = torch.empty_like(scaled)
+    back[order] = scaled
+    return back.view(num_tokens, num_chosen, -1).sum(1)
 
 
 def replace_experts(model: torch.nn.Module, kernels: CpuKernels | None) -> int:
@@ -77,11 +89,16 @@ def replace_experts(model: torch.nn.Module, kernels: CpuKernels | None) -> int:
 
 
 def _is_known(module: Any) -> bool:
+    return has_known_form(module) and all(
+        tensor.is_contiguous() and tensor.dtype is torch.float32 for tensor in (module.gate_up_proj, module.down_proj)
+    )
+
+
+def has_known_form(module: Any) -> bool:
     """transformers' experts whose weights are [experts, outputs, inputs], gates and ups in one tensor."""
     tensors = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
     return (
         all(isinstance(tensor, torch.Tensor) and tensor.dim() == 3 for tensor in tensors)
-        and all(tensor.is_contiguous() and tensor.dtype is torch.float32 for tensor in tensors if tensor is not None)
         and getattr(module, "has_gate", False)
         and not getattr(module, "is_transposed", True)
         and not getattr(module, "has_post_expert_norm", True)

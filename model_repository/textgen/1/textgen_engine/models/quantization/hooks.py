@@ -1,7 +1,7 @@
 """Chooses the method that an option or a checkpoint asks for, and applies it while weights are read.
 
-Linear layers alone are quantized. Embeddings, the LM head, norms, the routers of experts (left out by their size) and
-experts kept as one tensor stay as they are.
+Linear layers are quantized, and experts when that is done at load. Embeddings, the LM head, norms and the routers of
+experts (left out by their size) stay as they are.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from textgen_engine.models.quantization.bitsandbytes_4bit import TABLES, FourBit
 from textgen_engine.models.quantization.bitsandbytes_stored import BitsAndBytes
 from textgen_engine.models.quantization.compressed_tensors import CompressedTensors
 from textgen_engine.models.quantization.eetq import WeightOnlyInt8
+from textgen_engine.models.quantization.experts import PROJECTIONS, QuantizedExperts, quantized_experts
 from textgen_engine.models.quantization.fp8 import Fp8AtLoad, Fp8Checkpoint
 from textgen_engine.models.quantization.gptq import Gptq
 from textgen_engine.models.quantization.int8 import Int8
@@ -113,7 +114,15 @@ class QuantizationHooks(WeightHooks):
         head = None if find_head is None else find_head()
         named = dict(model.named_modules())
         num_layers = num_replaced = self.num_quantized = 0
+        num_experts = 0
         for name, linear in named.items():
+            experts = quantized_experts(linear, self.method) if isinstance(self.method, LoadMethod) else None
+            if experts is not None and not self._is_named(name):
+                parent, _, attribute = name.rpartition(".")
+                setattr(named[parent] if parent else model, attribute, experts)
+                num_experts += 1
+                self.num_quantized += experts.num_weights
+                continue
             if type(linear) is not torch.nn.Linear or linear is head:
                 continue
             num_layers += 1
@@ -124,39 +133,51 @@ class QuantizationHooks(WeightHooks):
                 num_replaced += 1
                 self.num_quantized += linear.in_features * linear.out_features
         kind = type(model).__name__
-        if not num_replaced:
+        if not num_replaced and not num_experts:
             raise ModelLoadError(f"QUANTIZE={self.method.name}: {kind} has no linear layer that it applies to")
         rest = sum(parameter.numel() for parameter in model.parameters())
         share = self.num_quantized / (self.num_quantized + rest)
+        experts_too = f" and the experts of {num_experts} layers" if num_experts else ""
         self._summary = (
-            f"{num_replaced} of {num_layers} linear layers {self.method.name} ({share:.0%} of all weights), "
-            f"LM head and embeddings as they are"
+            f"{num_replaced} of {num_layers} linear layers{experts_too} {self.method.name} ({share:.0%} of all "
+            f"weights), LM head and embeddings as they are"
         )
 
     def _is_kept(self, name: str, linear: torch.nn.Linear) -> bool:
         if isinstance(self.method, LoadMethod) and linear.out_features < _LEAST_OUTPUTS:
             return True
+        return self._is_named(name)
+
+    def _is_named(self, name: str) -> bool:
+        """Whether the checkpoint's settings say that this module is not to be quantized."""
         return any(re.fullmatch(rf"(.*\.)?{pattern}(\..*)?", name) for pattern in self._kept)
 
     def name_in_model(self, name: str) -> str:
         return self.method.stored_name(name) if isinstance(self.method, StoredMethod) else name
 
     def wants(self, model: torch.nn.Module, name: str) -> bool:
+        if not isinstance(self.method, LoadMethod):
+            return False
         owner, _, attribute = name.rpartition(".")
-        return (
-            isinstance(self.method, LoadMethod)
-            and attribute == "weight"
-            and isinstance(model.get_submodule(owner), QuantizedLinear)
-        )
+        module = model.get_submodule(owner)
+        if isinstance(module, QuantizedExperts):
+            return attribute in PROJECTIONS
+        return attribute == "weight" and isinstance(module, QuantizedLinear)
 
     def convert(self, model: torch.nn.Module, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         assert isinstance(self.method, LoadMethod)
-        layer = model.get_submodule(name.rpartition(".")[0])
-        if tuple(tensor.shape) != (layer.in_features, layer.out_features)[::-1]:
-            self._mismatched.append(
-                f"{name} of shape {list(tensor.shape)}, the model's is {[layer.out_features, layer.in_features]}"
-            )
+        owner, _, attribute = name.rpartition(".")
+        layer = model.get_submodule(owner)
+        if isinstance(layer, QuantizedExperts):
+            expected = layer.shape(attribute)
+        else:
+            assert isinstance(layer, QuantizedLinear)
+            expected = (layer.out_features, layer.in_features)
+        if tuple(tensor.shape) != expected:
+            self._mismatched.append(f"{name} of shape {list(tensor.shape)}, the model's is {list(expected)}")
             return {}
+        if isinstance(layer, QuantizedExperts):
+            return {f"{owner}.{part}": value for part, value in layer.quantize(attribute, tensor).items()}
         prefix = name.removesuffix("weight")
         return {prefix + part: value for part, value in self.method.quantize(tensor.float()).items()}
 
@@ -173,6 +194,8 @@ class QuantizationHooks(WeightHooks):
             for name, child in list(module.named_children()):
                 if isinstance(child, StoredLinear):
                     setattr(module, name, child.finished())
+            if isinstance(module, QuantizedExperts):
+                module.finish(self._kernels)
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.kernels = self._kernels
