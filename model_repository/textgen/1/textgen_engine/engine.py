@@ -20,7 +20,7 @@ import torch
 from textgen_engine.adapters.layers import AdapterLayers
 from textgen_engine.adapters.registry import AdapterPlaces, AdapterRegistry
 from textgen_engine.adapters.spec import AdapterHandle
-from textgen_engine.batch import BatchInputs, PendingTokens, build_inputs
+from textgen_engine.batch import BatchInputs, build_inputs
 from textgen_engine.block_manager import BlockManager
 from textgen_engine.config import EngineConfig
 from textgen_engine.constraints import Accepted, Constraints, PendingMasks, as_engine_error
@@ -41,6 +41,7 @@ from textgen_engine.errors import (
 from textgen_engine.grammar import CompiledGrammar, GrammarCompiler, grammar_limits
 from textgen_engine.grammar.check import GrammarVerdict
 from textgen_engine.kv_cache import KVCache, cache_dtype
+from textgen_engine.launched import Launched, Round, ScoreReader, can_repeat
 from textgen_engine.messages import EngineInfo, StepReport
 from textgen_engine.metrics import EngineGauges, StepMetrics
 from textgen_engine.model_runner import ModelRunner, num_cache_blocks, rank_memory
@@ -49,7 +50,7 @@ from textgen_engine.parallel.adapters import AdaptersOfAllRanks
 from textgen_engine.parallel.launch import Ranks
 from textgen_engine.parallel.worker import ReportMemory, prepare
 from textgen_engine.request import FinishReason, GenerationRequest, Timings, TokenDetail, TokenOutput
-from textgen_engine.sampling.sampler import PromptLogprobs, SampledTokens, Sampler, prompt_logprobs
+from textgen_engine.sampling.sampler import PromptLogprobs, Sampler, prompt_logprobs
 from textgen_engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
 from textgen_engine.sequence import Sequence, SequenceStatus
 from textgen_engine.speculation import Speculator
@@ -99,34 +100,6 @@ class _LiveRequest:
     @property
     def ranks_choices(self) -> bool:
         return self.request.best_of > self.request.n
-
-
-@dataclass(slots=True)
-class _Round:
-    """One call of the sampler: the token of each of some sequences. copy: `tokens` on their way to the host. errors:
-    what ends a sequence instead."""
-
-    sequences: list[Sequence]
-    tokens: SampledTokens
-    copy: HostCopy[SampledTokens]
-    errors: dict[Sequence, EngineError]
-
-
-@dataclass(slots=True)
-class _Launched:
-    """A step whose work is on the device since launched_s: what `_collect` needs to read it back.
-
-    first: None where nothing is sampled. guesses: of each sequence that verifies some, where the logits rows behind
-    them begin, and the guessed tokens. prepare_s: from the step's begin to launched_s.
-    """
-
-    batch: ScheduledBatch
-    first: _Round | None
-    scored: list[tuple[ScheduledSequence, HostCopy[PromptLogprobs]]]
-    launched_s: float
-    prepare_s: float
-    logits: torch.Tensor
-    guesses: dict[Sequence, tuple[int, tuple[int, ...]]]
 
 
 class Engine:
@@ -220,7 +193,7 @@ class Engine:
         self._speculator = Speculator(config.scheduler.num_guesses)
         self._overlaps = config.scheduler.overlap_steps
         assert not (self._overlaps and (self._speculator.is_on or ranks is not None))
-        self._in_flight: _Launched | None = None  # launched by the last turn of the loop, not read back yet
+        self._in_flight: Launched | None = None  # launched by the last turn of the loop, not read back yet
         self._emit = emit
         self._live: dict[str, _LiveRequest] = {}
         self._choice_of: dict[Sequence, _Choice] = {}
@@ -325,14 +298,14 @@ class Engine:
             raise  # the device or a rank is lost: no later step can succeed, so the process has to end
         except Exception as error:  # the one broad catch: the requests fail, the engine goes on
             reason = type(error).__name__
-            can_repeat = _can_repeat(batch) and len(batch.entries) > 1
-            if can_repeat:
+            halves = can_repeat(batch) and len(batch.entries) > 1
+            if halves:
                 logger.warning("a step of %d sequences failed: tried in halves", len(batch.entries), exc_info=True)
             else:
                 logger.exception("a step of %d sequences failed", len(batch.entries))
         # Out of the except clause, so that the traceback no longer keeps the failed step's tensors alive.
         self._runner.release_unused_memory()
-        if not can_repeat:
+        if not halves:
             self._fail_batch(batch, reason, report)
             return
         middle = len(batch.entries) // 2
@@ -349,24 +322,15 @@ class Engine:
         for request_id in {entry.sequence.request.request_id for entry in batch.entries}:
             self._fail(request_id, failure, report)
 
-    # ---- overlapped steps ------------------------------------------------------------------------------------
-    #
-    #     device  | step 1 ----------| step 2 ----------| step 3 ----------|
-    #     host    | launch 1, 2 | wait | read 1, launch 3 | wait | read 2, launch 4 | ...
-    #
-    # A sequence's token is pending from its sampling to its reading. The next step takes it on the device; what the
-    # host would have made of it comes one step late, so that a sequence that ends has a row in one step too many, whose
-    # token nobody takes. A grammar's next mask needs the token: before such a sequence's next step the last is read.
+    # ---- overlapped steps (see launched.py) --------------------------------------------------------------------
 
     def _needs_tokens(self) -> bool:
         """Whether the next step cannot be launched before the one in flight is read."""
-        first = None if self._in_flight is None else self._in_flight.first
-        return first is not None and any(self._constraints.binds(sequence) for sequence in first.sequences)
+        return self._in_flight is not None and any(map(self._constraints.binds, self._in_flight.sampled))
 
     def _mark_ending(self) -> None:
         """Spare those a row whose pending token is the last they may have; past it they may have no place either."""
-        first = None if self._in_flight is None else self._in_flight.first
-        for sequence in [] if first is None else first.sequences:
+        for sequence in [] if self._in_flight is None else self._in_flight.sampled:
             live = self._live.get(sequence.request.request_id)
             sequence.ends_pending = live is not None and sequence.num_sampled >= live.max_new_tokens
 
@@ -386,7 +350,7 @@ class Engine:
         if launched is not None:
             self._in_flight = launched
             return has_landed
-        if not _can_repeat(batch):
+        if not can_repeat(batch):
             self._fail_batch(batch, reason, report)
             return has_landed
         rest = ScheduledBatch([entry for entry in batch.entries if entry.sequence in self._choice_of])
@@ -408,12 +372,6 @@ class Engine:
             self._fail_batch(launched.batch, type(error).__name__, report)
         return True
 
-    def _pending_tokens(self) -> PendingTokens | None:
-        first = None if self._in_flight is None else self._in_flight.first
-        if first is None:
-            return None
-        return PendingTokens({sequence: row for row, sequence in enumerate(first.sequences)}, first.tokens.token_ids)
-
     # ---- one step --------------------------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
@@ -423,9 +381,10 @@ class Engine:
             assert not self._choice_of and not self._sampler_slots and not self._scheduler.running
             assert not self._scheduler.waiting
 
-    def _launch(self, batch: ScheduledBatch, report: StepReport) -> _Launched:
+    def _launch(self, batch: ScheduledBatch, report: StepReport) -> Launched:
         """Put the step on the device: forward pass, then sampling. Reads nothing back."""
-        inputs = build_inputs(batch, self._runner.cache, self._runner.device, self._pending_tokens())
+        pending = None if self._in_flight is None else self._in_flight.pending
+        inputs = build_inputs(batch, self._runner.cache, self._runner.device, pending)
         launched_s = time.monotonic()
         masks = self._constraints.start_masks([entry.sequence for entry in inputs.sampled])
         try:
@@ -447,7 +406,7 @@ class Engine:
             if entry.num_guessed
         }
         scored, prepare_s = self._score_prompts(inputs, logits), launched_s - report.time_s
-        return _Launched(batch, first, scored, launched_s, prepare_s, logits, guesses)
+        return Launched(batch, first, scored, launched_s, prepare_s, logits, guesses)
 
     def _sample(
         self,
@@ -457,7 +416,7 @@ class Engine:
         origins: list[Sequence],
         masks: PendingMasks | None,
         errors: dict[Sequence, EngineError],
-    ) -> _Round:
+    ) -> Round:
         """The next token of each sequence, from its row of the logits and under the mask of its origin."""
         for sequence in sequences:
             self._ensure_sampler_state(sequence)
@@ -470,7 +429,7 @@ class Engine:
         copy = HostCopy(tokens)
         for sequence in sequences:
             sequence.num_pending += 1
-        return _Round(sequences, tokens, copy, errors)
+        return Round(sequences, tokens, copy, errors)
 
     def _rows_to_sample(
         self, entries: list[ScheduledSequence], errors: dict[Sequence, EngineError]
@@ -526,7 +485,7 @@ class Engine:
             row += entry.num_tokens
         return scored
 
-    def _collect(self, launched: _Launched, report: StepReport) -> None:
+    def _collect(self, launched: Launched, report: StepReport) -> None:
         """Read the step back: append tokens, verify guesses, check stops, free what ended, say what is new."""
         metrics = report.metrics
         assert metrics is not None
@@ -548,10 +507,10 @@ class Engine:
 
     def _take_tokens(
         self,
-        sampled: _Round,
+        sampled: Round,
         token_ids: list[int],
         outputs: dict[Sequence, TokenOutput],
-        launched: _Launched,
+        launched: Launched,
         report: StepReport,
     ) -> dict[Sequence, TokenOutput]:
         """Append one round's tokens. Reports the outputs that are complete for this step, and returns the others.
@@ -561,7 +520,7 @@ class Engine:
         now_s = report.time_s
         tokens = sampled.copy.read()
         exhausted = None if tokens.exhausted is None else tokens.exhausted.tolist()
-        reader = _ScoreReader(tokens)
+        reader = ScoreReader(tokens)
         incomplete: dict[Sequence, TokenOutput] = {}
         for row, (sequence, token_id) in enumerate(zip(sampled.sequences, token_ids, strict=True)):
             sequence.num_pending -= 1
@@ -611,7 +570,7 @@ class Engine:
                 left = self._live[sequence.request.request_id].max_new_tokens - sequence.num_output_tokens
                 sequence.draft = self._speculator.guess(sequence, left - 1)
 
-    def _is_as_guessed(self, sequence: Sequence, output: TokenOutput, launched: _Launched) -> bool:
+    def _is_as_guessed(self, sequence: Sequence, output: TokenOutput, launched: Launched) -> bool:
         """Whether another token can be sampled in this step: all of the step's tokens so far are the guessed ones, and
         the row behind the last of them has seen just these."""
         if sequence not in launched.guesses or output.finish_reason is not None:
@@ -620,7 +579,7 @@ class Engine:
         is_equal = tuple(output.token_ids) == guessed[: len(output.token_ids)]
         return is_equal and self._constraints.has_mask(sequence)
 
-    def _sample_behind_guesses(self, launched: _Launched, outputs: dict[Sequence, TokenOutput]) -> _Round | None:
+    def _sample_behind_guesses(self, launched: Launched, outputs: dict[Sequence, TokenOutput]) -> Round | None:
         """The next token of the sequences that said what was guessed; None where there is no such sequence.
 
         Sampled one round after the other: penalties, grammars and randomness are then what they are without guesses.
@@ -691,7 +650,7 @@ class Engine:
         self._forget_sampler_state(choice.sequence)
         return None
 
-    def _describe_token(self, choice: _Choice, output: TokenOutput, reader: _ScoreReader, row: int) -> None:
+    def _describe_token(self, choice: _Choice, output: TokenOutput, reader: ScoreReader, row: int) -> None:
         wanted = choice.sequence.request.output
         if wanted.token_details or wanted.logprobs or wanted.top_n_tokens:
             token_id = output.token_ids[-1]
@@ -934,7 +893,7 @@ class Engine:
         prompt, wanted = live.request.prompt_token_ids, live.request.output.top_n_tokens
         if not live.prompt_details:
             live.prompt_details.append(self._token_detail(prompt[0], None))
-        reader = _ScoreReader(scores)
+        reader = ScoreReader(scores)
         for row in range(len(scores.logprobs)):
             position = entry.start + 1 + row
             if position == len(live.prompt_details):
@@ -996,28 +955,6 @@ class Engine:
             max_tokens=max_tokens,
             kv_cache_usage=self._blocks.usage,
         )
-
-
-class _ScoreReader:
-    """Log-probabilities of one step on the host; read back once, and only if some row asked for them."""
-
-    def __init__(self, scores: SampledTokens | PromptLogprobs) -> None:
-        self._logprobs = None if scores.logprobs is None else scores.logprobs.tolist()
-        self._top_ids = None if scores.top_ids is None else scores.top_ids.tolist()
-        self._top_logprobs = None if scores.top_logprobs is None else scores.top_logprobs.tolist()
-
-    def logprob(self, row: int) -> float | None:
-        return None if self._logprobs is None else self._logprobs[row]
-
-    def top(self, row: int, num: int) -> list[tuple[int, float]]:
-        if not num or self._top_ids is None or self._top_logprobs is None:
-            return []
-        return list(zip(self._top_ids[row][:num], self._top_logprobs[row][:num], strict=True))
-
-
-def _can_repeat(batch: ScheduledBatch) -> bool:
-    """Copied blocks may have been written over since, and what has advanced cannot be run again."""
-    return not batch.copies and all(entry.sequence.num_computed == entry.start for entry in batch.entries)
 
 
 def choice_seed(seed: int | None, choice: int) -> int | None:
