@@ -140,5 +140,10 @@ def _flags() -> list[click.Parameter]:
     ]  # fmt: skip
 
 
+def command() -> click.Command:
+    """The command line, with defaults of this environment."""
+    return click.Command("worker", params=_flags(), callback=main, help=__doc__)
+
+
 if __name__ == "__main__":
-    click.Command("worker", params=_flags(), callback=main, help=__doc__)()
+    command()()

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from click.testing import CliRunner
+from worker import command
 
 from textgen_engine.config import ParallelConfig
 from textgen_engine.errors import ModelLoadError, RankFailure
@@ -36,25 +38,29 @@ def free_port() -> int:
         return port
 
 
+def environment_of(port: int, secret: str) -> dict[str, str]:
+    """What scripts/worker.py is told on the other host, with one rank of two."""
+    return {
+        "MASTER_ADDR": SERVER_HOST,
+        "MASTER_PORT": str(port),
+        "NUM_SHARD": "2",
+        "TEXTGEN_NUM_NODES": "2",
+        "NODE_RANK": "1",
+        "TEXTGEN_GROUP_SECRET": secret,
+        "TEXTGEN_NODE_ADDRESS": OTHER_HOST,
+        "TEXTGEN_NUM_THREADS": "1",
+    }
+
+
 class OtherHost:
     """scripts/worker.py with one rank of two."""
 
-    def __init__(self, folder: Path, port: int, secret: str, **environment: str) -> None:
+    def __init__(self, folder: Path, port: int, secret: str) -> None:
         self.log = folder / "worker.log"
-        given = {
-            "MASTER_ADDR": SERVER_HOST,
-            "MASTER_PORT": str(port),
-            "NUM_SHARD": "2",
-            "TEXTGEN_NUM_NODES": "2",
-            "NODE_RANK": "1",
-            "TEXTGEN_GROUP_SECRET": secret,
-            "TEXTGEN_NODE_ADDRESS": OTHER_HOST,
-            "TEXTGEN_NUM_THREADS": "1",
-        }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(REPOSITORY_ROOT / "scripts" / "worker.py")],
-                env={**os.environ, **given, **environment},
+                env=os.environ | environment_of(port, secret),
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -67,7 +73,7 @@ class OtherHost:
         """Ctrl-C; nothing of it is left."""
         below = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
         self.process.send_signal(signal.SIGINT)
-        assert self.process.wait(20) == 0, self.log.read_text()
+        assert self.process.wait(60) == 0, self.log.read_text()
         assert not any(exists(process.pid) for process in below)
 
 
@@ -101,7 +107,7 @@ def test_a_rank_lost_on_the_other_host_comes_back(group: tuple[EngineClient, Oth
     client, other, mailbox = group
     [rank] = other.ranks
     os.kill(rank, signal.SIGKILL)
-    wait_until(lambda: client.num_restarts == 1 and client.state is EngineState.READY, 90)
+    wait_until(lambda: client.num_restarts == 1 and client.state is EngineState.READY, 200)
     client.submit(make_request("again", PROMPT, 12))
     assert mailbox.answer("again").ids() == mailbox.answers["first"].ids()
 
@@ -133,6 +139,18 @@ def test_without_the_secret_nobody_takes_part(llama: Path) -> None:
         ranks.close()
 
 
+def test_what_another_rank_cannot_load_is_said_with_its_own_reason(llama: Path) -> None:
+    parallel = ParallelConfig(2, 2, 60.0, 10.0, SERVER_HOST, free_port(), "secret")
+    ranks = RankProcesses(make_config(llama, parallel=parallel), on_loss=lambda reason: None)
+    guest = Invitation(1, 0, SERVER_HOST, parallel.master_port, OTHER_HOST, secret="secret").accept().enter()
+    guest.say_failed("not enough memory: the model needs 3.0 GiB, 1.0 GiB are free")
+    with pytest.raises(
+        ModelLoadError, match=r"^rank 1 of 2: not enough memory: the model needs 3\.0 GiB, 1\.0 GiB are"
+    ):
+        ranks.join()
+    ranks.close()
+
+
 def test_a_busy_port_is_one_line(llama: Path) -> None:
     with socket.socket() as listener:
         listener.bind((SERVER_HOST, 0))
@@ -151,8 +169,8 @@ def test_a_busy_port_is_one_line(llama: Path) -> None:
         ({"NUM_SHARD": "3"}, "must be a multiple of TEXTGEN_NUM_NODES"),
     ],
 )
-def test_wrong_options_are_one_line(tmp_path: Path, environment: dict[str, str], message: str) -> None:
-    other = OtherHost(tmp_path, 1, "secret", **environment)
-    assert other.process.wait(60) == 1
-    [line] = other.log.read_text().splitlines()
+def test_wrong_options_are_one_line(environment: dict[str, str], message: str) -> None:
+    ended = CliRunner().invoke(command(), env=environment_of(1, "secret") | environment)
+    assert ended.exit_code == 1
+    [line] = ended.output.splitlines()
     assert message in line

@@ -1,4 +1,8 @@
-"""Ranks as processes: they start and answer together, and when one is lost the group comes back as a whole."""
+"""Ranks as processes: they start and answer together, and when one is lost the group comes back as a whole.
+
+A rank that hangs, between steps and in one, is test_group.py's and test_costs.py's; one that is lost while nobody asks
+test_nodes.py's; and tests/server/test_faults_ranks.py does all this to a real server.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,13 @@ import psutil
 import pytest
 
 from textgen_engine.config import ParallelConfig
-from textgen_engine.errors import EngineFailure, ModelLoadError
+from textgen_engine.errors import EngineFailure
 from textgen_engine.process import EngineClient, EngineState
-from textgen_serve.processes import pids_by_role
 
 from ..test_process import LONG, Mailbox, exists, long_request, wait_until
 from ..tiny import Harness, make_config, make_request, save_checkpoint
 
 PROMPT = list(range(10, 30))
-SILENCE_S = 3.0
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def mailbox() -> Mailbox:
 
 @pytest.fixture(scope="module")
 def client(long_model: Path, mailbox: Mailbox) -> Iterator[EngineClient]:
-    parallel = ParallelConfig(2, collective_timeout_s=SILENCE_S)
+    parallel = ParallelConfig(2)
     config = make_config(long_model, num_blocks=9 * LONG // 16, max_sequences=8, max_restarts=5, parallel=parallel)
     made = EngineClient(config, mailbox.on_report)
     made.start()
@@ -64,47 +66,28 @@ def test_two_processes_answer_as_one(client: EngineClient, mailbox: Mailbox, lon
     harness.close()
 
 
-@pytest.mark.parametrize(
-    ("number", "reason", "within_s"),
-    [
-        (signal.SIGKILL, "lost rank 1 of 2, which was killed by SIGKILL", 2.0),
-        (signal.SIGSTOP, "gone or does not answer", SILENCE_S + 2.0),
-    ],
-)
-def test_a_lost_rank_fails_what_runs_and_all_come_back(
-    client: EngineClient, mailbox: Mailbox, number: signal.Signals, reason: str, within_s: float
-) -> None:
-    running = [f"{number.name} {index}" for index in range(8)]
+def test_a_killed_rank_fails_what_runs_and_all_come_back(client: EngineClient, mailbox: Mailbox) -> None:
+    running = [f"running {index}" for index in range(8)]
     for name in running:
         client.submit(long_request(name))
     mailbox.wait(lambda: all(name in mailbox.answers for name in running))
-    queued = f"{number.name} queued"
-    client.submit(make_request(queued, PROMPT, 12, arrival_s=time.monotonic()))
+    client.submit(make_request("queued", PROMPT, 12, arrival_s=time.monotonic()))
     old = [client.pid, rank_pid(client)]
-    lost_s = time.monotonic()
-    os.kill(old[1], number)  # type: ignore[arg-type]
+    os.kill(rank_pid(client), signal.SIGKILL)
     errors = [mailbox.answer(name).error for name in running]
-    assert time.monotonic() - lost_s < within_s
     for error in errors:
         assert isinstance(error, EngineFailure)
-        assert reason in str(error)
-    assert mailbox.answer(queued).ids() == mailbox.answers["first"].ids(), "kept, and run by the next group"
+        assert "lost rank 1 of 2, which was killed by SIGKILL" in str(error)
+    assert mailbox.answer("queued").ids() == mailbox.answers["first"].ids(), "kept, and run by the next group"
     assert client.state is EngineState.READY
-    wait_until(lambda: not any(exists(pid) for pid in old if pid is not None), 5)
-
-
-def test_a_rank_lost_while_idle_is_replaced_before_anybody_asks(client: EngineClient, mailbox: Mailbox) -> None:
-    num_restarts = client.num_restarts
-    os.kill(rank_pid(client), signal.SIGKILL)
-    wait_until(lambda: client.num_restarts > num_restarts and client.state is EngineState.READY, 60)
-    assert answers(client, mailbox, "after idle") == mailbox.answers["first"].ids()
+    wait_until(lambda: not any(exists(pid) for pid in old if pid is not None), 30)
 
 
 def test_no_rank_outlives_a_killed_engine(client: EngineClient, mailbox: Mailbox) -> None:
     old = rank_pid(client)
     assert client.pid is not None
     os.kill(client.pid, signal.SIGKILL)
-    wait_until(lambda: not exists(old), 5)
+    wait_until(lambda: not exists(old), 30)
     assert answers(client, mailbox, "after kill") == mailbox.answers["first"].ids()
 
 
@@ -112,11 +95,3 @@ def test_stopping_ends_every_rank(client: EngineClient) -> None:
     pids = [client.pid, rank_pid(client)]
     client.stop()
     assert not any(exists(pid) for pid in pids if pid is not None)
-
-
-def test_what_cannot_be_split_is_refused_in_one_line(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path / "model", "gpt2", num_attention_heads=1)
-    client = EngineClient(make_config(folder, parallel=ParallelConfig(2)), lambda report: None)
-    with pytest.raises(ModelLoadError, match=r"^gpt2 of .* cannot be split over 2 ranks: 1 query heads"):
-        client.start()
-    assert not pids_by_role(os.getpid()).get("rank")
