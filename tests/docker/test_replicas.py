@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
-import re
-import shutil
 import socket
-import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,12 +12,9 @@ from typing import Any
 
 import pytest
 
-from ..running_server import REPOSITORY_ROOT
+from .proxy import MISSING, NGINX, Proxy
 
-CONFIGURATION = REPOSITORY_ROOT / "docker" / "nginx" / "replicas.conf"
-NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin") or shutil.which("nginx")
-
-pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+pytestmark = pytest.mark.skipif(NGINX is None, reason=MISSING)
 
 
 class Replica:
@@ -74,58 +66,14 @@ class Replica:
                 connection.shutdown(socket.SHUT_RDWR)
 
 
-class Proxy:
-    """nginx with the configuration as it is, but for addresses."""
-
-    def __init__(self, folder: Path, replicas: list[Replica]) -> None:
-        with socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", 0))
-            other.bind(("127.0.0.1", 0))
-            self.port: int = one.getsockname()[1]
-            grpc_port = other.getsockname()[1]
-        text = CONFIGURATION.read_text()
-        text = re.sub(r"server textgen-(\d):\d+", lambda m: f"server 127.0.0.1:{replicas[int(m[1])].port}", text)
-        text = text.replace("listen 8080", f"listen 127.0.0.1:{self.port}")
-        text = text.replace("listen 8001", f"listen 127.0.0.1:{grpc_port}")
-        text = text.replace("/tmp/nginx.pid", str(folder / "nginx.pid"))
-        temporary = "".join(
-            f"{name}_temp_path {folder};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        )
-        text = text.replace("http {", "http { " + temporary, 1)
-        path = folder / "nginx.conf"
-        path.write_text(text)
-        assert NGINX is not None
-        command = [NGINX, "-p", str(folder), "-c", str(path), "-e", "stderr", "-g", "daemon off;"]
-        with (folder / "nginx.log").open("wb") as log:
-            self.process = subprocess.Popen(command, stderr=log)
-        deadline_s = time.monotonic() + 10
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                return
-            except OSError:
-                assert self.process.poll() is None and time.monotonic() < deadline_s, (folder / "nginx.log").read_text()
-                time.sleep(0.02)
-
-    def ask(self, **headers: str) -> str:
-        """Which replica answered."""
-        response, connection = self.open(**headers)
-        text = response.read().decode()
-        connection.close()
-        assert text.endswith("data: end\n\n")
-        return text.splitlines()[0].removeprefix("data: ")
-
-    def open(self, **headers: str) -> tuple[http.client.HTTPResponse, http.client.HTTPConnection]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request("POST", "/generate_stream", body=b"{}", headers=named)
-        response = connection.getresponse()
-        assert response.status == 200
-        return response, connection
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(10)
+def ask(proxy: Proxy, **headers: str) -> str:
+    """Which replica answered."""
+    response, connection = proxy.open(**headers)
+    assert response.status == 200
+    text = response.read().decode()
+    connection.close()
+    assert text.endswith("data: end\n\n")
+    return text.splitlines()[0].removeprefix("data: ")
 
 
 @pytest.fixture
@@ -138,18 +86,19 @@ def replicas() -> Iterator[list[Replica]]:
 
 @pytest.fixture
 def proxy(tmp_path: Path, replicas: list[Replica]) -> Iterator[Proxy]:
-    made = Proxy(tmp_path, replicas)
+    ports = [replica.port for replica in replicas]
+    made = Proxy(tmp_path, ports, ports)
     yield made
     made.close()
 
 
 def test_a_session_stays_with_its_server_and_sessions_spread(proxy: Proxy, replicas: list[Replica]) -> None:
-    first = {session: proxy.ask(X_Session_Id=session) for session in map(str, range(40))}
-    assert {session: proxy.ask(X_Session_Id=session) for session in first} == first
+    first = {session: ask(proxy, X_Session_Id=session) for session in map(str, range(40))}
+    assert {session: ask(proxy, X_Session_Id=session) for session in first} == first
     shares = [list(first.values()).count(replica.name) for replica in replicas]
     assert min(shares) >= 8, "no server gets nearly everything"
-    assert len({proxy.ask(Authorization="Bearer key") for _ in range(6)}) == 1, "without a session, the key"
-    assert len({proxy.ask() for _ in range(6)}) == 1, "without either, the address"
+    assert len({ask(proxy, Authorization="Bearer key") for _ in range(6)}) == 1, "without a session, the key"
+    assert len({ask(proxy) for _ in range(6)}) == 1, "without either, the address"
 
 
 def test_tokens_go_on_as_they_come(proxy: Proxy, replicas: list[Replica]) -> None:
@@ -164,8 +113,8 @@ def test_tokens_go_on_as_they_come(proxy: Proxy, replicas: list[Replica]) -> Non
 
 
 def test_sessions_of_a_lost_server_move_and_the_others_stay(proxy: Proxy, replicas: list[Replica]) -> None:
-    first = {session: proxy.ask(X_Session_Id=session) for session in map(str, range(20))}
+    first = {session: ask(proxy, X_Session_Id=session) for session in map(str, range(20))}
     replicas[0].close()
-    after = {session: proxy.ask(X_Session_Id=session) for session in first}
+    after = {session: ask(proxy, X_Session_Id=session) for session in first}
     assert set(after.values()) == {replicas[1].name}
     assert all(after[session] == name for session, name in first.items() if name == replicas[1].name)
