@@ -228,11 +228,15 @@ class Launcher:
         if self._stubs is None or time.monotonic() - self._looked_s < _STUB_LOOK_S:
             return
         self._looked_s = time.monotonic()
-        for model in dict.fromkeys(self._stubs.look()):
-            if model != "tokenizer" or self._launch.model_control_mode != "explicit":
-                raise _ServerLost(f"a process of the model {model} died")
-            self._terminal.warn("a process of the model tokenizer died: loading it again")
+        for stub in dict.fromkeys(self._stubs.look()):
+            if self._launch.model_control_mode != "explicit":
+                raise _ServerLost(f"a process of the model {stub.model} died")
             control = ModelControl(_reachable(self._launch.host), ports.http, self._admin_key)
+            if not _is_missed(control, stub):
+                continue
+            if stub.model != "tokenizer":
+                raise _ServerLost(f"a process of the model {stub.model} died")
+            self._terminal.warn("a process of the model tokenizer died: loading it again")
             reload = _Background(lambda control=control: control.reload("tokenizer", _ANSWER_S))  # type: ignore[misc]
             while not reload.done:
                 self._look(server)
@@ -361,6 +365,16 @@ class _Background:
             work()
         except (probe.ProbeError, ControlError, OSError, http.client.HTTPException, ValueError) as error:
             self.error = error
+
+
+def _is_missed(control: ModelControl, stub: processes.Stub) -> bool:
+    """Whether Triton takes a model for ready of which a process has died. It does not where the process died as the
+    model was loaded, or unloaded: then Triton knows, and nobody waits for an answer."""
+    try:
+        states = [e.state for e in control.index() if (e.name, e.version) == (stub.model, stub.version)]
+    except ControlError:
+        return True
+    return "READY" in states
 
 
 def _client_command() -> str:

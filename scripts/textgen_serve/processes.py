@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import signal
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -24,23 +25,41 @@ STUB_ROLES = ("textgen", "tokenizer")
 _LOOKS_PER_SEARCH = 5
 
 
+@dataclass(frozen=True)
+class Stub:
+    """Whose process a stub is."""
+
+    model: str
+    version: str
+
+
 def pids_by_role(server_pid: int) -> dict[str, list[int]]:
     """Live process ids below and including the tritonserver `server_pid`; empty when it is gone."""
-    roles: dict[str, list[int]] = {}
+    commands = _commands_below(server_pid)
+    if commands is None:
+        return {}
+    roles: dict[str, list[int]] = {"tritonserver": [server_pid]}
+    for pid, command in commands.items():
+        role = _role(command)
+        if role is not None:
+            roles.setdefault(role, []).append(pid)
+    return roles
+
+
+def _commands_below(server_pid: int) -> dict[int, list[str]] | None:
+    """Command lines of the living processes below a tritonserver; None when it is gone."""
     try:
         server = psutil.Process(server_pid)
         if server.status() == psutil.STATUS_ZOMBIE:
-            return {}
+            return None
         below = server.children(recursive=True)
     except psutil.NoSuchProcess:
-        return {}
-    roles["tritonserver"] = [server_pid]
+        return None
+    commands = {}
     for process in below:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            role = _role(process.cmdline())
-            if role is not None:
-                roles.setdefault(role, []).append(process.pid)
-    return roles
+            commands[process.pid] = process.cmdline()
+    return commands
 
 
 def _role(command: list[str]) -> str | None:
@@ -48,48 +67,57 @@ def _role(command: list[str]) -> str | None:
         return "engine"
     if any(_RANK_MODULE in word for word in command):
         return "rank"
-    if command and Path(command[0]).name == _STUB:
-        # <stub> <repository>/<model>/<version>/model.py <region> ...
-        return Path(command[1]).parent.parent.name
-    return None
+    stub = _stub(command)
+    return None if stub is None else stub.model
+
+
+def _stub(command: list[str]) -> Stub | None:
+    if not command or Path(command[0]).name != _STUB:
+        return None
+    # <stub> <repository>/<model>/<version>/model.py <region> ...
+    folder = Path(command[1]).parent
+    return Stub(folder.parent.name, folder.name)
 
 
 class StubWatch:
     """Notices stubs that died. Triton does not: it goes on saying ready, and leaves them as zombies.
 
-    A stub that was unloaded is reaped at once, so one that is a zombie at two looks in a row has died.
+    A stub that was unloaded is reaped at once, so one that is a zombie at two looks in a row has died. It may have died
+    while it loaded, which Triton does notice: who asks must ask Triton whether it takes the model for ready.
     """
 
     def __init__(self, server_pid: int) -> None:
         self._server_pid = server_pid
-        self._roles: dict[int, str] = {}  # living stubs
+        self._stubs: dict[int, Stub] = {}  # living ones
         self._doubtful: set[int] = set()
         self._looks = 0
         self._search()  # now: what is dead at the first look could no longer be told from anything else
 
-    def look(self) -> list[str]:
-        """Models, by name, of which a stub has died since the last look. To be called about once a second."""
+    def look(self) -> list[Stub]:
+        """The stubs that have died since the last look. To be called about once a second."""
         self._looks += 1
         if self._looks % _LOOKS_PER_SEARCH == 0:
             self._search()
         died = []
         doubtful, self._doubtful = self._doubtful, set()
-        for pid, role in list(self._roles.items()):
+        for pid, stub in list(self._stubs.items()):
             try:
                 is_zombie = psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
             except psutil.NoSuchProcess:
-                del self._roles[pid]
+                del self._stubs[pid]
                 continue
             if is_zombie and pid in doubtful:
-                del self._roles[pid]
-                died.append(role)
+                del self._stubs[pid]
+                died.append(stub)
             elif is_zombie:
                 self._doubtful.add(pid)
         return died
 
     def _search(self) -> None:
-        found = pids_by_role(self._server_pid)
-        self._roles |= {pid: role for role, pids in found.items() if role in STUB_ROLES for pid in pids}
+        for pid, command in (_commands_below(self._server_pid) or {}).items():
+            stub = _stub(command)
+            if stub is not None and stub.model in STUB_ROLES:
+                self._stubs[pid] = stub
 
 
 def adopt_orphans() -> None:
