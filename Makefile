@@ -25,7 +25,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup serve test test-models test-families test-faults soak audit lint bench bench-compare rivals
-.PHONY: check-image gpu-check monitoring-tools clean
+.PHONY: check-image gpu-check monitoring-tools proxy-tools test-ranks clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -85,6 +85,15 @@ monitoring-tools: $(TOOLS)/usr/bin/promtool ## fetch Debian's Prometheus into .c
 $(TOOLS)/usr/bin/promtool:
 	@mkdir -p $(TOOLS)
 	cd $(TOOLS) && apt-get download -qq prometheus && dpkg -x prometheus_*.deb . && rm prometheus_*.deb
+
+proxy-tools: $(TOOLS)/usr/sbin/nginx ## fetch Debian's nginx into .cache/tools (no root needed), for the tests of replicas
+
+$(TOOLS)/usr/sbin/nginx:
+	@mkdir -p $(TOOLS)
+	cd $(TOOLS) && apt-get download -qq nginx && dpkg -x nginx_*.deb . && rm nginx_*.deb
+
+test-ranks: setup ## the real model on four ranks against one, which takes long
+	$(BIN)/python -m pytest --faults -m faults tests/engine/parallel $(ARGS)
 
 clean: ## remove the environment, the caches and the prepared model
 	rm -rf $(VENV) $(CACHE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,6 +21,8 @@ _OPERATOR: dict[str, str] = {
     "a step never ends": "nothing; `TEXTGEN_ENGINE_HANG_TIMEOUT_S` (120, here 4) bounds it",
     "a request crashes the engine": "the log has a refused request with `error_type=validation`: report it",
     "out of memory in a step": "if it repeats: smaller `MAX_BATCH_PREFILL_TOKENS` or `MAX_BATCH_SIZE`",
+    "rank killed": "nothing; the log says why (`NUM_SHARD=2`)",
+    "rank hangs": "nothing; `TEXTGEN_COLLECTIVE_TIMEOUT_S` (60, here 3) bounds it",
     "KV cache full": "see `TextgenKvCacheNearlyFull`",
     "stub of textgen killed": "nothing; the launcher starts the server again",
     "stub of tokenizer killed": "nothing; the launcher loads the tokenizer again",
