@@ -39,12 +39,20 @@ CONTEXT = 200
     "--model", type=click.Path(path_type=Path, exists=True), default=ROOT / ".cache/models/smollm2-135m-instruct"
 )
 @click.option("--rounds", default=8, show_default=True, help="of each speed's measurement")
+@click.option("--tokens", default=4096, show_default=True, help="of the text that are scored")
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
 @click.option("--page-only", is_flag=True, help=f"write {PAGE.name} from what was measured before")
 @click.option("--only", type=click.Choice(["quality", "speed"]), help="one of the two measurements")
 @click.option("--child", hidden=True, help="the folder of this process's checkpoint")
 def main(
-    names: tuple[str, ...], model: Path, rounds: int, threads: int, page_only: bool, only: str | None, child: str | None
+    names: tuple[str, ...],
+    model: Path,
+    rounds: int,
+    tokens: int,
+    threads: int,
+    page_only: bool,
+    only: str | None,
+    child: str | None,
 ) -> None:
     """Measure the methods NAMES, or all of them."""
     logging.disable(logging.WARNING)
@@ -53,7 +61,7 @@ def main(
         raise click.ClickException(f"no such method: {', '.join(sorted(unknown))}; known: {', '.join(METHODS)}")
     if child is not None:
         assert only is not None
-        click.echo(json.dumps(_measure(names[0], model, Path(child), threads, rounds, only)))
+        click.echo(json.dumps(_measure(names[0], model, Path(child), threads, rounds, tokens, only)))
         return
     if not page_only:
         for name in names or METHODS:
@@ -61,15 +69,15 @@ def main(
                 folder = folder_of(METHODS[name], model, Path(scratch))
                 for what in ("quality", "speed") if only is None else (only,):
                     if (name, what) != ("float32", "speed"):
-                        _record(name, _in_process(name, model, folder, threads, rounds, what), threads)
+                        _record(name, _in_process(name, model, folder, threads, rounds, tokens, what), threads)
     write_page()
 
 
-def _measure(name: str, model: Path, folder: Path, threads: int, rounds: int, what: str) -> dict[str, Any]:
+def _measure(name: str, model: Path, folder: Path, threads: int, rounds: int, tokens: int, what: str) -> dict[str, Any]:
     torch.set_num_threads(threads)
     method = METHODS[name]
     if what == "quality":
-        return measure_quality(folder, model, method, threads).as_json()
+        return measure_quality(folder, model, method, threads, num_tokens=tokens).as_json()
     return {
         f"speed_{batch}": [
             round(ratio, 3)
@@ -79,8 +87,11 @@ def _measure(name: str, model: Path, folder: Path, threads: int, rounds: int, wh
     }
 
 
-def _in_process(name: str, model: Path, folder: Path, threads: int, rounds: int, what: str) -> dict[str, Any]:
+def _in_process(
+    name: str, model: Path, folder: Path, threads: int, rounds: int, tokens: int, what: str
+) -> dict[str, Any]:
     options = ["--model", str(model), "--threads", str(threads), "--rounds", str(rounds), "--only", what]
+    options += ["--tokens", str(tokens)]
     command = [sys.executable, __file__, name, *options, "--child", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

@@ -29,7 +29,6 @@ QUESTION = "What is the capital of France? Answer in one sentence."
 # As much of the text is scored, in pieces with no other context. The engine scores prompts in chunks of at most 128
 # tokens, so most keys and values are read back as the cache has rounded them.
 WINDOW = 1024
-NUM_TOKENS = 4 * WINDOW
 _CHUNK = WINDOW // 2
 _ANSWER_TOKENS = 24
 _STEPS_A_ROUND = 4
@@ -143,10 +142,10 @@ class Run:
         self.engine.run()
 
 
-def measure_quality(folder: Path, tokenizer_folder: Path, method: Method, threads: int) -> Quality:
+def measure_quality(folder: Path, tokenizer_folder: Path, method: Method, threads: int, *, num_tokens: int) -> Quality:
     """In a process that has done nothing else, for the memory's sake."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    ids: list[int] = tokenizer(TEXT.read_text(encoding="ascii"))["input_ids"][:NUM_TOKENS]
+    ids: list[int] = tokenizer(TEXT.read_text(encoding="ascii"))["input_ids"][:num_tokens]
     chat = [{"role": "user", "content": QUESTION}]
     prompt: list[int] = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
     before, started = _rss_mib(), time.perf_counter()

@@ -27,6 +27,8 @@ def table(results: dict[str, Any]) -> str:
     methods: dict[str, dict[str, Any]] = results["methods"]
     plain = methods["float32"]
     rows = [
+        f"Over {plain['num_tokens']} predicted tokens:",
+        "",
         "| method | perplexity | against float32 | layers, MiB | process, MiB | KV cache, bytes a token "
         "| speed, 1 stream | speed, 8 streams |",
         "|---|---|---|---|---|---|---|---|",
