@@ -38,12 +38,16 @@ def table(results: dict[str, Any]) -> str:
             continue
         more = 100 * (found["perplexity"] / plain["perplexity"] - 1)
         rows.append(
-            f"| {name} | {found['perplexity']:.3f} | {more:+.2f} % | {found['layer_mib']:.0f} | {found['rss_mib']:.0f} "
-            f"| {found['kv_bytes_per_token']} | {_speed(name, found, 1)} | {_speed(name, found, 8)} |"
+            f"| {name} | {found['perplexity']:.3f} | {more:+.2f} % | {found['layer_mib']:.0f} "
+            f"| {_mebibytes(found.get('rss_mib'))} | {found['kv_bytes_per_token']} | {_speed(name, found, 1)} | {_speed(name, found, 8)} |"
         )
     answers = ["", "| method | answer to “What is the capital of France? Answer in one sentence.” |", "|---|---|"]
     answers += [f"| {name} | {found['answer']} |" for name, found in methods.items() if "answer" in found]
     return "\n".join(rows + answers) + "\n"
+
+
+def _mebibytes(size: float | None) -> str:
+    return "not measured" if size is None else f"{size:.0f}"
 
 
 def _speed(name: str, found: dict[str, Any], batch: int) -> str:
