@@ -37,10 +37,9 @@ def table(results: dict[str, Any]) -> str:
         if "perplexity" not in found:
             continue
         more = 100 * (found["perplexity"] / plain["perplexity"] - 1)
-        rows.append(
-            f"| {name} | {found['perplexity']:.3f} | {more:+.2f} % | {found['layer_mib']:.0f} "
-            f"| {_mebibytes(found.get('rss_mib'))} | {found['kv_bytes_per_token']} | {_speed(name, found, 1)} | {_speed(name, found, 8)} |"
-        )
+        sizes = f"{found['layer_mib']:.0f} | {_mebibytes(found.get('rss_mib'))} | {found['kv_bytes_per_token']}"
+        speeds = f"{_speed(name, found, 1)} | {_speed(name, found, 8)}"
+        rows.append(f"| {name} | {found['perplexity']:.3f} | {more:+.2f} % | {sizes} | {speeds} |")
     answers = ["", "| method | answer to “What is the capital of France? Answer in one sentence.” |", "|---|---|"]
     answers += [f"| {name} | {found['answer']} |" for name, found in methods.items() if "answer" in found]
     return "\n".join(rows + answers) + "\n"
