@@ -50,7 +50,7 @@ class Setting:
 
 
 class Engine(ABC):
-    """One engine. precision: of its weights, `float32` or `int8`; only equal ones are fair rivals."""
+    """One engine. precision: of its weights, `float32`, `bfloat16` or `int8`; only equal ones are fair rivals."""
 
     name: str
     precision: str = "float32"
@@ -108,7 +108,8 @@ class Engine(ABC):
 
 
 class TextgenEngine(Engine):
-    """Our whole server: tritonserver with its models, asked over gRPC streams. QUANTIZE in `options` for int8."""
+    """Our whole server: tritonserver with its models, asked over gRPC streams. `options` are what makes it another
+    precision."""
 
     name = "triton-textgen"
 
@@ -121,6 +122,8 @@ class TextgenEngine(Engine):
             self.name = f"triton-textgen {precision}"
 
     def missing(self) -> str | None:
+        if self.precision == "bfloat16" and _own_choice() != self.precision:
+            return "the processor does not multiply bfloat16"
         return None
 
     def start(self) -> str:
@@ -370,9 +373,13 @@ class OpenVinoEngine(_Library):
 
 
 class OpenVinoOwnChoiceEngine(OpenVinoEngine):
-    """The same left to its own choice of arithmetic: bfloat16 where the processor has it."""
+    """The same left to its own choice of arithmetic: bfloat16 where the processor has it, and a KV cache of 8 bits."""
 
-    name, precision = "OpenVINO GenAI, own precision", "own choice"
+    name = "OpenVINO GenAI, own precision"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.precision = _own_choice()
 
     def arguments(self) -> list[str]:
         return [str(self.setting.rivals / "openvino" / "model-fp32")]
@@ -397,11 +404,20 @@ class CTranslate2Engine(_Library):
         return [str(self.setting.rivals / "ctranslate2" / "model-float32")]
 
 
+def _own_choice() -> str:
+    """What engines choose that take bfloat16 where the processor multiplies it."""
+    with contextlib.suppress(OSError):
+        if {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()):
+            return "bfloat16"
+    return "float32"
+
+
 def all_engines(setting: Setting) -> list[Engine]:
     """Ours first, then every rival that there is an adapter for."""
     return [
         TextgenEngine(setting),
         OpenVinoEngine(setting),
+        TextgenEngine(setting, precision="bfloat16", options={"DTYPE": "bfloat16"}),
         OpenVinoOwnChoiceEngine(setting),
         VllmEngine(setting),
         LlamaCppEngine(setting),
