@@ -147,7 +147,7 @@ def test_weights_are_quantized_at_load(
 
 def weights_of(layer: QuantizedLinear) -> torch.Tensor:
     if isinstance(layer, IntegerLinear):
-        return layer.weight * layer.scales[:, None]
+        return layer.integers() * layer.scales[:, None]
     assert isinstance(layer, CodedLinear)
     return layer.dequantized()
 

@@ -56,14 +56,6 @@ inline Vector sums(const Vector* of) {
     }
 }
 
-inline float largest(Vector value) {
-    float lanes[kLanes];
-    std::memcpy(lanes, &value, sizeof(lanes));
-    return *std::max_element(lanes, lanes + kLanes);
-}
-
-inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
-
 inline Vector capped(Vector score, float cap) {  // cap * tanh(score / cap)
     return cap - 2.0f * cap / (1.0f + exponential(score * (2.0f / cap)));
 }

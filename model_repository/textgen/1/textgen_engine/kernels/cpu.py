@@ -49,21 +49,20 @@ class CpuKernels:
         self._attend, self._layer = library.textgen_attend, library.textgen_layer
         self._pack.argtypes = _types("pippii")
         self._take.argtypes = _types("pipppii")
-        self._linear.argtypes = _types("pippppiii")
+        self._linear.argtypes = _types("pipppiii")
         library.textgen_block.restype = ctypes.c_int64
         # Outputs of a packed weight's blocks.
         self.block: int = library.textgen_block()
         library.textgen_has_bfloat16.restype = ctypes.c_int64
-        # What weights may be of.
+        # What weights of floats may be of; integers are int8.
         self.dtypes = {torch.float32} | ({torch.bfloat16} if library.textgen_has_bfloat16() else set())
         self._attend.argtypes = _types("pppppppppp")
         self._layer.argtypes = _types("ppppppppp")
         for function in (self._pack, self._take, self._linear, self._attend, self._layer):
             function.restype = None
-        self._coded_linear, self._integer_linear = library.textgen_coded_linear, library.textgen_integer_linear
+        self._coded_linear = library.textgen_coded_linear
         self._coded_linear.argtypes = _types("pippppppp" + "iiii")
-        self._integer_linear.argtypes = _types("ppppppppp" + "iii")
-        self._coded_linear.restype = self._integer_linear.restype = None
+        self._coded_linear.restype = None
         library.textgen_pool.restype = ctypes.c_void_p
         library.textgen_free_pool.argtypes = _types("p")
         self._free_pool = library.textgen_free_pool
@@ -77,40 +76,41 @@ class CpuKernels:
     def pack(
         self, weight: torch.Tensor, empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """weight [num_outputs, depth] of one of self.dtypes -> [blocks, depth, self.block], outputs padded with zeros:
-        the form that the functions below read; bfloat16 [blocks, depth / 2, self.block, 2], rounded up. empty: gives
-        the memory for it, contiguous; None: PyTorch does."""
+        """weight [num_outputs, depth] of one of self.dtypes, or int8 -> [blocks, depth, self.block, 1], outputs padded
+        with zeros: the form that the functions below read; bfloat16 [blocks, depth / 2, self.block, 2] and int8
+        [blocks, depth / 4, self.block, 4], rounded up. empty: gives the memory for it, contiguous; None: PyTorch does.
+        """
         weight = weight.contiguous()
-        assert weight.dtype in self.dtypes
+        kind = _KINDS[weight.dtype]
         num_outputs, depth = weight.shape
         num_blocks = -(-num_outputs // self.block)
-        paired = weight.dtype is torch.bfloat16
-        shape = (num_blocks, -(-depth // 2), self.block, 2) if paired else (num_blocks, depth, self.block)
+        together = _TOGETHER[weight.dtype]
+        shape: tuple[int, ...] = (num_blocks, -(-depth // together), self.block, together)
         packed = weight.new_empty(shape) if empty is None else empty(shape, weight.dtype)
-        self._pack(self._pool, paired, weight.data_ptr(), packed.data_ptr(), depth, num_outputs)
+        self._pack(self._pool, kind, weight.data_ptr(), packed.data_ptr(), depth, num_outputs)
         return packed
 
     def take(self, packed: torch.Tensor, ids: torch.Tensor, depth: int) -> torch.Tensor:
-        """Rows of a packed weight: ids int64 [num_ids], each below its number of outputs -> [num_ids, depth]."""
+        """Rows of a packed weight of floats: ids int64 [num_ids], each below its number of outputs -> [num_ids, depth],
+        in its type."""
         ids = ids.contiguous()
         rows = packed.new_empty(len(ids), depth)
-        paired = packed.dtype is torch.bfloat16
-        self._take(self._pool, paired, packed.data_ptr(), ids.data_ptr(), rows.data_ptr(), len(ids), depth)
+        kind = _KINDS[packed.dtype]
+        self._take(self._pool, kind, packed.data_ptr(), ids.data_ptr(), rows.data_ptr(), len(ids), depth)
         return rows
 
-    def linear(
-        self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, num_outputs: int
-    ) -> torch.Tensor:
-        """x float32 [num_rows, depth], a packed weight (if it is bfloat16, x is rounded to that on its way), bias
-        float32 [num_outputs] -> float32 [num_rows, num_outputs]. A row's result is the same to the last bit whatever
-        rows stand beside it."""
+    def linear(self, x: torch.Tensor, weight: PackedWeight, num_outputs: int) -> torch.Tensor:
+        """x float32 [num_rows, depth] -> float32 [num_rows, num_outputs]. Beside bfloat16 weights x is rounded to
+        bfloat16, beside int8 ones each row to -127 ... 127 on a scale of its own. A row's result is the same to the
+        last bit whatever rows stand beside it."""
         assert x.dtype is torch.float32
-        assert bias is None or (bias.is_contiguous() and bias.dtype is torch.float32)
         x = x.contiguous()
         output = x.new_empty(x.shape[0], num_outputs)
-        tensors = (x, packed, bias, output)
-        paired = packed.dtype is torch.bfloat16
-        self._linear(self._pool, paired, *(_address(tensor) for tensor in tensors), x.shape[0], x.shape[1], num_outputs)
+        self._linear(
+            self._pool,
+            *(weight.kind, ctypes.byref(weight.structure), x.data_ptr(), output.data_ptr()),
+            *(x.shape[0], x.shape[1], num_outputs),
+        )
         return output
 
     def coded_linear(
@@ -136,25 +136,6 @@ class CpuKernels:
             *(_address(tensor) for tensor in (table, x, weight, scales, offsets, bias, output)),
             *(num_rows, depth, num_outputs, depth // num_groups),
         )
-        return output
-
-    def integer_linear(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        scales: torch.Tensor,
-        weight_sums: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """x [num_rows, depth], each row rounded to 8 bits on its own scale, times weight int8 [num_outputs, depth] with
-        scales [num_outputs] and the sums of its rows int32 [num_outputs] -> [num_rows, num_outputs]."""
-        assert weight.is_contiguous() and scales.is_contiguous() and weight_sums.is_contiguous()
-        x = x.contiguous()
-        num_rows, depth = x.shape
-        codes = torch.empty(num_rows, depth, dtype=torch.uint8)
-        row_scales, output = x.new_empty(num_rows), x.new_empty(num_rows, weight.shape[0])
-        tensors = (x, weight, scales, weight_sums, bias, codes, row_scales, output)
-        self._integer_linear(self._pool, *(_address(tensor) for tensor in tensors), *(num_rows, depth, weight.shape[0]))
         return output
 
     def attend(
@@ -236,6 +217,37 @@ class _Step(ctypes.Structure):
     ]
 
 
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+# Neighbours in depth that lie together in a packed weight.
+_TOGETHER = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("packed", "bias", "scales", "offsets")]
+
+
+class PackedWeight:
+    """A linear layer for the kernels. packed: see CpuKernels.pack. bias float32 [num_outputs]. Of int8 weights also,
+    both [num_outputs]: scales float32, and sums int32 of each output's weights."""
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        scales: torch.Tensor | None = None,
+        sums: torch.Tensor | None = None,
+    ) -> None:
+        self.packed = packed
+        self.kind = _KINDS[packed.dtype]
+        offsets = None if sums is None else sums.float() * 128  # see linear_kernels.h
+        self._kept = (bias, scales, offsets)  # for the structure has their addresses alone
+        assert all(
+            tensor is None or (tensor.is_contiguous() and tensor.dtype is torch.float32) for tensor in self._kept
+        )
+        assert (scales is None) == (offsets is None) == (packed.dtype is not torch.int8)
+        self.structure = _Linear(_address(packed), *(_address(tensor) for tensor in self._kept))
+
+
 class _Norm(ctypes.Structure):
     _fields_ = [("weight", ctypes.c_void_p), ("epsilon", ctypes.c_float)]
 
@@ -244,9 +256,8 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _Norm) for name in ("input_norm", "query_norm", "key_norm")),
         *((name, _Norm) for name in ("attention_norm", "mlp_norm", "output_norm")),
-        *((name, ctypes.c_void_p) for name in ("qkv", "qkv_bias", "output", "output_bias")),
-        *((name, ctypes.c_void_p) for name in ("gate_up", "gate_up_bias", "down", "down_bias")),
-        *((name, ctypes.c_int64) for name in ("hidden", "intermediate", "activation", "is_bfloat16")),
+        *((name, _Linear) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, ctypes.c_int64) for name in ("hidden", "intermediate", "activation", "kind")),
         ("shape", _Shape),
         ("scoring", _Scoring),
     ]
@@ -285,9 +296,8 @@ class StepTables:
 
 
 class GatedLayer:
-    """A decoder layer with rotary positions, RMSNorms and a gated MLP. Linear layers are (packed weight, float32 bias),
-    the weights all of one type: query, key and value joined, gate and up joined, each of the latter a multiple of
-    `CpuKernels.block` wide.
+    """A decoder layer with rotary positions, RMSNorms and a gated MLP, its weights all of one type: query, key and
+    value joined, gate and up joined, each of the latter a multiple of `CpuKernels.block` wide.
 
     norms: (weight, epsilon) or None, before the layer, of each query head, of each key head, of what attention gives,
     before the MLP, of what the MLP gives; the first and the fifth are always there.
@@ -300,28 +310,30 @@ class GatedLayer:
         scoring: Scoring,
         activation: Activation,
         norms: list[tuple[torch.Tensor, float] | None],
-        qkv: tuple[torch.Tensor, torch.Tensor | None],
-        output: tuple[torch.Tensor, torch.Tensor | None],
-        gate_up: tuple[torch.Tensor, torch.Tensor | None],
-        down: tuple[torch.Tensor, torch.Tensor | None],
+        qkv: PackedWeight,
+        output: PackedWeight,
+        gate_up: PackedWeight,
+        down: PackedWeight,
     ) -> None:
         assert norms[0] is not None and norms[4] is not None
         assert all(norm is None or norm[0].dtype is torch.float32 for norm in norms)
+        assert qkv.kind == output.kind == gate_up.kind == down.kind
         self._num_heads = num_heads
         self._kept = (scoring, norms, qkv, output, gate_up, down)  # for the structure has their addresses alone
-        names = ("qkv", "qkv_bias", "output", "output_bias", "gate_up", "gate_up_bias", "down", "down_bias")
-        tensors = (*qkv, *output, *gate_up, *down)
         places = ("input_norm", "query_norm", "key_norm", "attention_norm", "mlp_norm", "output_norm")
         self._structure = _Layer(
-            **{name: _address(tensor) for name, tensor in zip(names, tensors, strict=True)},
             **{
                 place: _Norm() if norm is None else _Norm(_address(norm[0]), norm[1])
                 for place, norm in zip(places, norms, strict=True)
             },
+            qkv=qkv.structure,
+            output=output.structure,
+            gate_up=gate_up.structure,
+            down=down.structure,
             hidden=len(norms[0][0]),
-            intermediate=gate_up[0].shape[0] * gate_up[0].shape[2] // 2,
+            intermediate=gate_up.packed.shape[0] * gate_up.packed.shape[2] // 2,
             activation=activation,
-            is_bfloat16=qkv[0].dtype is torch.bfloat16,
+            kind=qkv.kind,
             scoring=_scoring(scoring),
         )
 

@@ -17,7 +17,7 @@
 #include <vector>
 
 #include <sched.h>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -69,10 +69,10 @@ class Pool {
         return room_.data();
     }
 
-    // The same for rows in bfloat16.
-    uint32_t* pairs(int64_t size) {
-        if (static_cast<int64_t>(pairs_.size()) < size) pairs_.resize(size);
-        return pairs_.data();
+    // The same for rows in another form, four bytes an element.
+    void* elements(int64_t size) {
+        if (static_cast<int64_t>(elements_.size()) < size) elements_.resize(size);
+        return elements_.data();
     }
 
     int64_t size() const { return static_cast<int64_t>(threads_.size()) + 1; }
@@ -99,7 +99,7 @@ class Pool {
 
     std::vector<std::thread> threads_;
     std::vector<float> room_;
-    std::vector<uint32_t> pairs_;
+    std::vector<uint32_t> elements_;
     std::mutex turn_, mutex_;
     std::condition_variable wake_;
     std::atomic<uint64_t> epoch_{0};
@@ -129,6 +129,14 @@ inline float sum(Vector value) {
         for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
     return lanes[0];
 }
+
+inline float largest(Vector value) {
+    float lanes[kLanes];
+    std::memcpy(lanes, &value, sizeof(lanes));
+    return *std::max_element(lanes, lanes + kLanes);
+}
+
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
 typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
@@ -199,18 +207,21 @@ struct Norm {
     void operator()(const float* from, float* to, int64_t size) const { normalise(from, weight, to, size, epsilon); }
 };
 
-// A layer of the form that textgen_layer computes; the layout is known to cpu.py. Weights are packed, biases may be null.
+enum Kind { kFloat32 = 0, kBfloat16 = 1, kIntegers = 2 };
+
+// Calls run with a null pointer to what weights of this kind consist of.
+template <class Run>
+void by_kind(int64_t kind, Run run) {
+    if (kind == kFloat32) run(static_cast<const float*>(nullptr));
+    if (kind == kBfloat16) run(static_cast<const Pair*>(nullptr));
+    if (kind == kIntegers) run(static_cast<const Quad*>(nullptr));
+}
+
+// A layer of the form that textgen_layer computes; the layout is known to cpu.py.
 struct Layer {
     Norm input_norm, query_norm, key_norm, attention_norm, mlp_norm, output_norm;
-    const void* qkv;
-    const float* qkv_bias;
-    const void* output;
-    const float* output_bias;
-    const void* gate_up;
-    const float* gate_up_bias;
-    const void* down;
-    const float* down_bias;
-    int64_t hidden, intermediate, activation, is_bfloat16;  // the weights: else float32
+    Linear qkv, output, gate_up, down;
+    int64_t hidden, intermediate, activation, kind;  // kind of all weights
     Shape shape;
     Scoring scoring;
 };
@@ -236,7 +247,7 @@ void by_pieces(Pool* pool, int64_t num_outputs, Work work) {
 // what is added to x and h goes through a norm of its own where there is one. `intermediate` is a multiple of kBlock, so
 // that gate and up have blocks of their own. cos and sin: [rows, dim].
 template <class Element>
-void run_layer(Pool* pool, const Layer& layer, const Step& step, const float* x, const float* cos, const float* sin,
+void run_layer(Pool* pool, const Element*, const Layer& layer, const Step& step, const float* x, const float* cos, const float* sin,
                void* keys, void* values, float* out) {
     const Shape& shape = layer.shape;
     const int64_t num_rows = step.num_tokens, hidden = layer.hidden, intermediate = layer.intermediate;
@@ -249,13 +260,10 @@ void run_layer(Pool* pool, const Layer& layer, const Step& step, const float* x,
     float* activated = qkv;  // when both are done with
     by_rows(pool, num_rows,
             [&](int64_t row) { layer.input_norm(x + row * hidden, normed + row * hidden, hidden); });
-    auto weight = [](const void* packed) { return static_cast<const Element*>(packed); };
-    auto linear = [&](const float* from, int64_t depth, const void* packed, const float* bias, const float* residual,
-                      float* to, int64_t num_outputs) {
-        packed_linear(pool, as_elements(pool, from, num_rows, depth, weight(packed)), weight(packed), bias, residual, to,
-                      num_rows, elements_of(depth, weight(packed)), num_outputs);
+    auto inputs_of = [&](const float* from, int64_t depth) {
+        return as_inputs(pool, from, num_rows, depth, static_cast<const Element*>(nullptr));
     };
-    linear(normed, hidden, layer.qkv, layer.qkv_bias, nullptr, qkv, qkv_size);
+    run_linear(pool, layer.qkv, inputs_of(normed, hidden), nullptr, qkv, num_rows, qkv_size);
     by_rows(pool, num_rows, [&](int64_t row) {
         for (int64_t head = 0; head < shape.num_heads + shape.num_kv_heads; ++head) {
             float* first = qkv + row * qkv_size + head * dim;
@@ -275,38 +283,31 @@ void run_layer(Pool* pool, const Layer& layer, const Step& step, const float* x,
     attend(pool, {qkv, qkv_size, dim}, {key, qkv_size, dim}, {key + shape.num_kv_heads * dim, qkv_size, shape.value_dim},
            keys, values, attended, shape, step, layer.scoring);
     // out = weights @ from + residual, or + norm(weights @ from).
-    auto add_linear = [&](const float* from, int64_t depth, const void* packed, const float* bias, const Norm& norm,
+    auto add_linear = [&](const float* from, int64_t depth, const Linear& linear, const Norm& norm,
                           const float* residual, float* to) {
-        linear(from, depth, packed, bias, norm.weight ? nullptr : residual, to, hidden);
+        run_linear(pool, linear, inputs_of(from, depth), norm.weight ? nullptr : residual, to, num_rows, hidden);
         if (norm.weight)
             by_rows(pool, num_rows, [&](int64_t row) {
                 norm(to + row * hidden, to + row * hidden, hidden);
                 for (int64_t i = row * hidden; i < (row + 1) * hidden; ++i) to[i] += residual[i];
             });
     };
-    add_linear(attended, attended_size, layer.output, layer.output_bias, layer.attention_norm, x, h);
+    add_linear(attended, attended_size, layer.output, layer.attention_norm, x, h);
     by_rows(pool, num_rows, [&](int64_t row) { layer.mlp_norm(h + row * hidden, normed + row * hidden, hidden); });
-    const Element* gates = weight(layer.gate_up);
-    const int64_t depth = elements_of(hidden, gates);
-    const Element* ups = gates + intermediate * depth;
-    const Element* inputs = as_elements(pool, normed, num_rows, hidden, gates);
-    by_blocks(pool, num_rows, intermediate / kBlock, [&](int64_t block, int64_t first, int64_t end) {
-        const int64_t count = end - first, column = block * kBlock;
+    const Inputs<Element> inputs = inputs_of(normed, hidden);
+    const int64_t num_blocks = intermediate / kBlock;
+    by_blocks(pool, num_rows, num_blocks, [&](int64_t block, int64_t first, int64_t end) {
+        const int64_t count = end - first;
         float* gate = scratch(2 * count * kBlock);
         float* up = gate + count * kBlock;
-        packed_block(inputs + first * depth, depth, gates + column * depth, gate, kBlock, count);
-        packed_block(inputs + first * depth, depth, ups + column * depth, up, kBlock, count);
+        linear_block(layer.gate_up, 2 * intermediate, inputs, block, first, count, gate, kBlock);
+        linear_block(layer.gate_up, 2 * intermediate, inputs, num_blocks + block, first, count, up, kBlock);
         for (int64_t row = 0; row < count; ++row)
-            for (int64_t i = 0; i < kBlock; i += kLanes) {
-                Vector g = load(gate + row * kBlock + i), u = load(up + row * kBlock + i);
-                if (layer.gate_up_bias) {
-                    g += load(layer.gate_up_bias + column + i);
-                    u += load(layer.gate_up_bias + intermediate + column + i);
-                }
-                put(activated + (first + row) * intermediate + column + i, activated_by(layer.activation, g) * u);
-            }
+            for (int64_t i = 0; i < kBlock; i += kLanes)
+                put(activated + (first + row) * intermediate + block * kBlock + i,
+                    activated_by(layer.activation, load(gate + row * kBlock + i)) * load(up + row * kBlock + i));
     });
-    add_linear(activated, intermediate, layer.down, layer.down_bias, layer.output_norm, h, out);
+    add_linear(activated, intermediate, layer.down, layer.output_norm, h, out);
 }
 
 }  // namespace
@@ -322,8 +323,7 @@ int64_t textgen_block() { return kBlock; }
 int64_t textgen_has_bfloat16() { return kHasPairs; }
 
 // packed: room for blocks_of(num_outputs) * kBlock rows.
-void textgen_pack(void* pool, int64_t is_bfloat16, const void* weight, void* packed, int64_t depth,
-                  int64_t num_outputs) {
+void textgen_pack(void* pool, int64_t kind, const void* weight, void* packed, int64_t depth, int64_t num_outputs) {
     static_cast<Pool*>(pool)->run(blocks_of(num_outputs), [&](int64_t block) {
         const int64_t width = std::min<int64_t>(kBlock, num_outputs - block * kBlock);
         auto fill = [&](const auto* from, auto* to, int64_t together) {  // neighbours in depth that stay together
@@ -334,36 +334,31 @@ void textgen_pack(void* pool, int64_t is_bfloat16, const void* weight, void* pac
                     to[(k / together * kBlock + i) * together + k % together] =
                         i < width && k < depth ? from[(block * kBlock + i) * depth + k] : 0;
         };
-        if (is_bfloat16)
-            fill(static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(packed), 2);
-        else
-            fill(static_cast<const float*>(weight), static_cast<float*>(packed), 1);
+        if (kind == kFloat32) fill(static_cast<const float*>(weight), static_cast<float*>(packed), 1);
+        if (kind == kBfloat16) fill(static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(packed), 2);
+        if (kind == kIntegers) fill(static_cast<const int8_t*>(weight), static_cast<int8_t*>(packed), 4);
     });
 }
 
-// out [num_ids, depth]: rows of a packed weight, in its type.
-void textgen_take(void* pool, int64_t is_bfloat16, const void* packed, const int64_t* ids, void* out, int64_t num_ids,
+// out [num_ids, depth]: rows of a packed float32 or bfloat16 weight, in its type.
+void textgen_take(void* pool, int64_t kind, const void* packed, const int64_t* ids, void* out, int64_t num_ids,
                   int64_t depth) {
     by_rows(static_cast<Pool*>(pool), num_ids, [&](int64_t row) {
         auto copy = [&](const auto* from, auto* to, int64_t together) {
             from += (ids[row] / kBlock * ((depth + together - 1) / together) * kBlock + ids[row] % kBlock) * together;
             for (int64_t k = 0; k < depth; ++k) to[row * depth + k] = from[k / together * kBlock * together + k % together];
         };
-        if (is_bfloat16)
-            copy(static_cast<const uint16_t*>(packed), static_cast<uint16_t*>(out), 2);
-        else
-            copy(static_cast<const float*>(packed), static_cast<float*>(out), 1);
+        if (kind == kFloat32) copy(static_cast<const float*>(packed), static_cast<float*>(out), 1);
+        if (kind == kBfloat16) copy(static_cast<const uint16_t*>(packed), static_cast<uint16_t*>(out), 2);
     });
 }
 
-void textgen_linear(void* handle, int64_t is_bfloat16, const float* x, const void* packed, const float* bias,
-                    float* out, int64_t num_rows, int64_t depth, int64_t num_outputs) {
+void textgen_linear(void* handle, int64_t kind, const Linear* linear, const float* x, float* out, int64_t num_rows,
+                    int64_t depth, int64_t num_outputs) {
     Pool* pool = static_cast<Pool*>(handle);
-    auto run = [&](const auto* weight) {
-        packed_linear(pool, as_elements(pool, x, num_rows, depth, weight), weight, bias, nullptr, out, num_rows,
-                      elements_of(depth, weight), num_outputs);
-    };
-    is_bfloat16 ? run(static_cast<const Pair*>(packed)) : run(static_cast<const float*>(packed));
+    by_kind(kind, [&](const auto* element) {
+        run_linear(pool, *linear, as_inputs(pool, x, num_rows, depth, element), nullptr, out, num_rows, num_outputs);
+    });
 }
 
 void textgen_attend(void* pool, const Rows* query, const Rows* key, const Rows* value, void* keys, void* values,
@@ -373,10 +368,9 @@ void textgen_attend(void* pool, const Rows* query, const Rows* key, const Rows* 
 
 void textgen_layer(void* pool, const Layer* layer, const Step* step, const float* x, const float* cos, const float* sin,
                    void* keys, void* values, float* out) {
-    if (layer->is_bfloat16)
-        run_layer<Pair>(static_cast<Pool*>(pool), *layer, *step, x, cos, sin, keys, values, out);
-    else
-        run_layer<float>(static_cast<Pool*>(pool), *layer, *step, x, cos, sin, keys, values, out);
+    by_kind(layer->kind, [&](const auto* element) {
+        run_layer(static_cast<Pool*>(pool), element, *layer, *step, x, cos, sin, keys, values, out);
+    });
 }
 
 }  // extern "C"

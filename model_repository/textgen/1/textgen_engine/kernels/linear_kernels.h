@@ -7,9 +7,32 @@
 // the last bit in any batch.
 //
 // Weights in bfloat16 lie in pairs, [blocks][depth / 2][kBlock][2], and so do the rows they are multiplied by; sums are
-// float32. An "element" below is a float, or a Pair.
+// float32. Weights of 8 bits lie in fours, [blocks][depth / 4][kBlock][4]; each row is rounded to 8 bits on a scale of
+// its own, and sums are integers until both scales are applied. An "element" below is a float, a Pair, or a Quad.
 
-typedef uint32_t Pair;  // two bfloat16 neighbours in depth, the first in the lower half
+struct Pair {  // two bfloat16 neighbours in depth, the first in the lower half
+    uint32_t bits;
+};
+
+struct Quad {  // four bytes: of weights signed, of rows with 128 added
+    uint32_t bits;
+};
+
+// A linear layer. offsets[o]: 128 times the sum of output o's weights, which is what the 128 in rows adds.
+struct Linear {
+    const void* packed;
+    const float* bias;     // or null
+    const float* scales;   // of 8-bit weights, per output
+    const float* offsets;  // likewise
+};
+
+// Rows as elements; scales: per row, of 8-bit ones.
+template <class Element>
+struct Inputs {
+    const Element* rows;
+    const float* scales;
+    int64_t depth;  // in elements
+};
 
 constexpr int kBlockVectors = 2, kBlock = kBlockVectors * kLanes;
 #if defined(__AVX512F__)
@@ -57,7 +80,7 @@ void packed_tile(const Pair* x, int64_t x_stride, const Pair* block, float* out,
         for (int v = 0; v < kBlockVectors; ++v)
             w[v] = (__m512bh)_mm512_loadu_si512(block + k * kBlock + v * kLanes);
         for (int r = 0; r < R; ++r) {
-            const __m512bh pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[r * x_stride + k]));
+            const __m512bh pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[r * x_stride + k].bits));
             for (int v = 0; v < kBlockVectors; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], pair, w[v]);
         }
     }
@@ -70,6 +93,43 @@ constexpr bool kHasPairs = false;
 template <int R, bool Turned>
 void packed_tile(const Pair*, int64_t, const Pair*, float*, int64_t, int64_t, bool) {}  // never called
 #endif
+
+// Here `out` is left to be scaled.
+template <int R, bool Turned>
+void packed_tile(const Quad* x, int64_t x_stride, const Quad* block, float* out, int64_t out_stride, int64_t depth,
+                 bool adds) {
+#if defined(__AVX512VNNI__)
+    __m512i acc[R][kBlockVectors];
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < kBlockVectors; ++v) acc[r][v] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < depth; ++k) {
+        __m512i w[kBlockVectors];
+        for (int v = 0; v < kBlockVectors; ++v) w[v] = _mm512_loadu_si512(block + k * kBlock + v * kLanes);
+        for (int r = 0; r < R; ++r) {
+            const __m512i four = _mm512_set1_epi32(static_cast<int>(x[r * x_stride + k].bits));
+            for (int v = 0; v < kBlockVectors; ++v) acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], four, w[v]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < kBlockVectors; ++v) {
+            float* to = out + r * out_stride + v * kLanes;
+            const __m512 sums = _mm512_cvtepi32_ps(acc[r][v]);
+            _mm512_storeu_ps(to, adds ? _mm512_add_ps(_mm512_loadu_ps(to), sums) : sums);
+        }
+#else
+    for (int r = 0; r < R; ++r) {  // for the compiler to make vectors of
+        int32_t acc[kBlock] = {};
+        for (int64_t k = 0; k < depth; ++k)
+            for (int byte = 0; byte < 4; ++byte) {
+                const int32_t element = x[r * x_stride + k].bits >> 8 * byte & 255;
+                for (int i = 0; i < kBlock; ++i)
+                    acc[i] += element * static_cast<int8_t>(block[k * kBlock + i].bits >> 8 * byte & 255);
+            }
+        for (int i = 0; i < kBlock; ++i)
+            out[r * out_stride + i] = static_cast<float>(acc[i]) + (adds ? out[r * out_stride + i] : 0.0f);
+    }
+#endif
+}
 
 template <int R = kBlockRows, bool Turned = false, class Element>
 void packed_rows(int rows, const Element* x, int64_t x_stride, const Element* block, float* out, int64_t out_stride,
@@ -145,13 +205,16 @@ inline float from_bfloat16(uint16_t value) {
 // Elements of a row.
 inline int64_t elements_of(int64_t depth, const float*) { return depth; }
 inline int64_t elements_of(int64_t depth, const Pair*) { return (depth + 1) / 2; }
+inline int64_t elements_of(int64_t depth, const Quad*) { return (depth + 3) / 4; }
 
-// Rows as elements: as they are, or in the pool's room for pairs.
-inline const float* as_elements(Pool*, const float* x, int64_t, int64_t, const float*) { return x; }
+// Rows as elements: as they are, or in the pool's room for others, which lasts until the next call.
+inline Inputs<float> as_inputs(Pool*, const float* x, int64_t, int64_t depth, const float*) {
+    return {x, nullptr, depth};
+}
 
-inline const Pair* as_elements(Pool* pool, const float* x, int64_t num_rows, int64_t depth, const Pair* kind) {
+inline Inputs<Pair> as_inputs(Pool* pool, const float* x, int64_t num_rows, int64_t depth, const Pair* kind) {
     const int64_t size = elements_of(depth, kind);
-    Pair* pairs = pool->pairs(num_rows * size);
+    Pair* pairs = static_cast<Pair*>(pool->elements(num_rows * size));
     by_rows(pool, num_rows, [&](int64_t row) {
         const float* from = x + row * depth;
         int64_t k = 0;
@@ -161,32 +224,69 @@ inline const Pair* as_elements(Pool* pool, const float* x, int64_t num_rows, int
                                 (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + k)));
 #endif
         for (; k < depth; k += 2)
-            pairs[row * size + k / 2] =
-                (k + 1 < depth ? static_cast<Pair>(to_bfloat16(from[k + 1])) << 16 : 0) | to_bfloat16(from[k]);
+            pairs[row * size + k / 2].bits =
+                (k + 1 < depth ? static_cast<uint32_t>(to_bfloat16(from[k + 1])) << 16 : 0) | to_bfloat16(from[k]);
     });
-    return pairs;
+    return {pairs, nullptr, size};
 }
 
-// out [num_rows, num_outputs] = x @ weight^T (+ bias) (+ residual), the weight packed; depth in elements.
+inline Inputs<Quad> as_inputs(Pool* pool, const float* x, int64_t num_rows, int64_t depth, const Quad* kind) {
+    const int64_t size = elements_of(depth, kind);
+    Quad* quads = static_cast<Quad*>(pool->elements(num_rows * size + num_rows));
+    float* scales = reinterpret_cast<float*>(quads + num_rows * size);
+    by_rows(pool, num_rows, [&](int64_t row) {  // to integers of -127 to 127, stored with 128 added
+        const float* from = x + row * depth;
+        Vector most = {};
+        by_vectors(depth, [&](int64_t k, int64_t some) {
+            const Vector value = load_some(from + k, some);
+            most = larger(most, larger(value, -value));
+        });
+        const float all = largest(most);
+        scales[row] = all / 127.0f;
+        const float factor = all > 0.0f ? 127.0f / all : 0.0f;
+        uint8_t* to = reinterpret_cast<uint8_t*>(quads + row * size);
+        for (int64_t k = 0; k < depth; ++k) {
+            const float rounded = (from[k] * factor + 12582912.0f) - 12582912.0f;  // to the nearest, ties to even
+            to[k] = static_cast<uint8_t>(static_cast<int32_t>(rounded) + 128);
+        }
+        for (int64_t k = depth; k < 4 * size; ++k) to[k] = 128;
+    });
+    return {quads, scales, size};
+}
+
+// All rows of `inputs` from `first` on for one block of outputs, with scales and bias: to[0..num_rows)[0..kBlock).
 template <class Element>
-void packed_linear(Pool* pool, const Element* x, const Element* packed, const float* bias, const float* residual,
-                   float* out, int64_t num_rows, int64_t depth, int64_t num_outputs) {
+void linear_block(const Linear& linear, int64_t num_outputs, const Inputs<Element>& inputs, int64_t block,
+                  int64_t first, int64_t num_rows, float* to, int64_t stride) {
+    const int64_t column = block * kBlock, width = std::min<int64_t>(kBlock, num_outputs - column);
+    const Element* packed = static_cast<const Element*>(linear.packed) + column * inputs.depth;
+    packed_block(inputs.rows + first * inputs.depth, inputs.depth, packed, to, stride, num_rows);
+    for (int64_t row = 0; row < num_rows && (linear.scales || linear.bias); ++row)
+        for (int64_t i = 0; i < width; ++i) {
+            float value = to[row * stride + i];
+            if (linear.scales)
+                value = (value - linear.offsets[column + i]) * inputs.scales[first + row] * linear.scales[column + i];
+            to[row * stride + i] = linear.bias ? value + linear.bias[column + i] : value;
+        }
+}
+
+// out [num_rows, num_outputs] = x @ weight^T (+ bias) (+ residual).
+template <class Element>
+void run_linear(Pool* pool, const Linear& linear, const Inputs<Element>& inputs, const float* residual, float* out,
+                int64_t num_rows, int64_t num_outputs) {
     by_blocks(pool, num_rows, blocks_of(num_outputs), [&](int64_t block, int64_t first, int64_t end) {
         const int64_t column = block * kBlock, width = std::min<int64_t>(kBlock, num_outputs - column);
-        const Element* weight = packed + block * depth * kBlock;
         float* to = out + first * num_outputs + column;
         if (width == kBlock) {
-            packed_block(x + first * depth, depth, weight, to, num_outputs, end - first);
+            linear_block(linear, num_outputs, inputs, block, first, end - first, to, num_outputs);
         } else {
             float* room = scratch((end - first) * kBlock);
-            packed_block(x + first * depth, depth, weight, room, kBlock, end - first);
+            linear_block(linear, num_outputs, inputs, block, first, end - first, room, kBlock);
             for (int64_t row = 0; row < end - first; ++row)
                 std::copy(room + row * kBlock, room + row * kBlock + width, to + row * num_outputs);
         }
-        for (int64_t row = 0; row < end - first && (bias || residual); ++row)
-            for (int64_t i = 0; i < width; ++i) {
-                if (bias) to[row * num_outputs + i] += bias[column + i];
-                if (residual) to[row * num_outputs + i] += residual[(first + row) * num_outputs + column + i];
-            }
+        for (int64_t row = 0; row < end - first && residual; ++row)
+            for (int64_t i = 0; i < width; ++i)
+                to[row * num_outputs + i] += residual[(first + row) * num_outputs + column + i];
     });
 }

@@ -1,8 +1,7 @@
-// Linear layers with quantized weights, for cpu_kernels.cpp, whose threads and vectors they use.
+// Linear layers with coded weights, for cpu_kernels.cpp, whose threads and vectors they use.
 //
-// Two forms. Coded weights against float32 rows: a code (a byte, a half byte that chooses from a table, an 8-bit float)
-// becomes a float in a register, so memory is read once in its small form and the arithmetic is float32. And 8-bit
-// weights against rows of 8 bits, in integers.
+// A code (a byte, a half byte that chooses from a table, an 8-bit float) becomes a float in a register, so memory is read
+// once in its small form and the arithmetic is float32.
 
 #include <immintrin.h>
 
@@ -137,79 +136,6 @@ void coded_linear(Pool* pool, const float* table, const float* x, const uint8_t*
     });
 }
 
-// ---- integers -------------------------------------------------------------------------------------------------------
-
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-
-typedef __m512i Sums;
-constexpr int kIntegerBytes = 64;
-
-inline void add_products(Sums& sums, const uint8_t* x, const int8_t* w) {
-    sums = _mm512_dpbusd_epi32(sums, _mm512_loadu_si512(x), _mm512_loadu_si512(w));
-}
-
-inline int32_t total(const Sums& sums) { return _mm512_reduce_add_epi32(sums); }
-
-#else
-
-// For the compiler to make vectors of.
-typedef int32_t Sums;
-constexpr int kIntegerBytes = 1;
-
-inline void add_products(Sums& sums, const uint8_t* x, const int8_t* w) { sums += static_cast<int32_t>(*x) * *w; }
-
-inline int32_t total(const Sums& sums) { return sums; }
-
-#endif
-
-// out[r][o] = x_scale[r] * w_scale[o] * ((x[r] - 128) . w[o]): x holds 128 more than the row's integer, and
-// weight_sums[o] is what that adds for each unit.
-template <int R, int O>
-void integer_tile(const uint8_t* x, const float* x_scales, const int8_t* weight, const float* scales,
-                  const int32_t* weight_sums, const float* bias, float* out, int64_t depth, int64_t stride) {
-    Sums acc[R][O];
-    std::memset(&acc, 0, sizeof(acc));
-    int64_t k = 0;
-    for (; k + kIntegerBytes <= depth; k += kIntegerBytes)
-        for (int r = 0; r < R; ++r)
-            for (int o = 0; o < O; ++o) add_products(acc[r][o], x + r * depth + k, weight + o * depth + k);
-    for (int r = 0; r < R; ++r)
-        for (int o = 0; o < O; ++o) {
-            int32_t products = total(acc[r][o]);
-            for (int64_t rest = k; rest < depth; ++rest)
-                products += static_cast<int32_t>(x[r * depth + rest]) * weight[o * depth + rest];
-            const float value = static_cast<float>(products - 128 * weight_sums[o]) * x_scales[r] * scales[o];
-            out[r * stride + o] = value + (bias ? bias[o] : 0.0f);
-        }
-}
-
-template <int O, int R = kTileRows>
-void integer_rows(int rows, const uint8_t* x, const float* xs, const int8_t* w, const float* s, const int32_t* sums,
-                  const float* b, float* out, int64_t depth, int64_t stride) {
-    if constexpr (R > 1) {
-        if (rows < R) return integer_rows<O, R - 1>(rows, x, xs, w, s, sums, b, out, depth, stride);
-    }
-    integer_tile<R, O>(x, xs, w, s, sums, b, out, depth, stride);
-}
-
-// Each row to integers of -127 to 127, stored with 128 added, and its scale.
-void quantize_rows(const float* x, uint8_t* to, float* scales, int64_t num_rows, int64_t depth) {
-    for (int64_t row = 0; row < num_rows; ++row) {
-        const float* from = x + row * depth;
-        float largest = 0.0f;
-        for (int64_t k = 0; k < depth; ++k) {
-            const float size = std::fabs(from[k]);
-            largest = size > largest ? size : largest;
-        }
-        scales[row] = largest / 127.0f;
-        const float factor = largest > 0.0f ? 127.0f / largest : 0.0f;
-        for (int64_t k = 0; k < depth; ++k) {
-            const float rounded = (from[k] * factor + 12582912.0f) - 12582912.0f;  // to the nearest, ties to even
-            to[row * depth + k] = static_cast<uint8_t>(static_cast<int32_t>(rounded) + 128);
-        }
-    }
-}
-
 }  // namespace
 
 extern "C" {
@@ -226,37 +152,6 @@ void textgen_coded_linear(void* handle, int64_t code, const float* table, const 
     else
         coded_linear<Float8Decoder>(pool, table, x, weight, scales, offsets, bias, out, num_rows, depth, num_outputs,
                                     group);
-}
-
-// `codes` [num_rows, depth] and `row_scales` [num_rows] are room to work in.
-void textgen_integer_linear(void* handle, const float* x, const int8_t* weight, const float* scales,
-                            const int32_t* weight_sums, const float* bias, uint8_t* codes, float* row_scales,
-                            float* out, int64_t num_rows, int64_t depth, int64_t num_outputs) {
-    Pool* pool = static_cast<Pool*>(handle);
-    constexpr int64_t kRowsAtOnce = 16;
-    pool->run((num_rows + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t item) {
-        const int64_t first = item * kRowsAtOnce, count = std::min(kRowsAtOnce, num_rows - first);
-        quantize_rows(x + first * depth, codes + first * depth, row_scales + first, count, depth);
-    });
-    const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
-    by_pieces(pool, num_outputs, [&](int64_t begin, int64_t end) {
-        for (int64_t o = begin; o < end;) {
-            const bool whole = o + kTileOutputs <= end;
-            for (int64_t tile = 0; tile < num_tiles; ++tile) {
-                const int64_t first = num_rows * tile / num_tiles, last = num_rows * (tile + 1) / num_tiles;
-                const int rows = static_cast<int>(last - first);
-                const float* b = bias ? bias + o : nullptr;
-                float* to = out + first * num_outputs + o;
-                if (whole)
-                    integer_rows<kTileOutputs>(rows, codes + first * depth, row_scales + first, weight + o * depth,
-                                               scales + o, weight_sums + o, b, to, depth, num_outputs);
-                else
-                    integer_rows<1>(rows, codes + first * depth, row_scales + first, weight + o * depth, scales + o,
-                                    weight_sums + o, b, to, depth, num_outputs);
-            }
-            o += whole ? kTileOutputs : 1;
-        }
-    });
 }
 
 }  // extern "C"

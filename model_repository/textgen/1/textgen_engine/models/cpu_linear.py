@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from textgen_engine.kernels.cpu import CpuKernels
+from textgen_engine.kernels.cpu import CpuKernels, PackedWeight
 from textgen_engine.models.memory import WeightMemory
 
 # Between these numbers of rows the turned product was faster for every layer shape tried (weights of 576 x 960 up to
@@ -65,18 +65,18 @@ class PackedLinear(torch.nn.Module):
             if bias is None or bias.dtype is torch.float32
             else torch.nn.Parameter(bias.float(), requires_grad=False)
         )
+        self.for_kernels = PackedWeight(self.packed, self.bias)
         self.kernels = kernels
 
     @property
     def weight(self) -> torch.Tensor:
         """The weight [out_features, in_features] itself, unpacked anew: for code that rarely looks at it."""
-        blocks = self.packed if self.packed.dim() == 4 else self.packed[..., None]  # [blocks, steps, block, neighbours]
-        rows = blocks.transpose(1, 2).flatten(2).flatten(0, 1)
+        rows = self.packed.transpose(1, 2).flatten(2).flatten(0, 1)
         return rows[: self.out_features, : self.in_features]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features).float()
-        output = self.kernels.linear(rows, self.packed, self.bias, self.out_features)
+        output = self.kernels.linear(rows, self.for_kernels, self.out_features)
         return output.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from textgen_engine.kernels.cpu import CpuKernels
+from textgen_engine.kernels.cpu import CpuKernels, PackedWeight
 from textgen_engine.models.cpu_linear import has_hooks
 from textgen_engine.models.memory import WeightMemory
 
@@ -48,9 +48,12 @@ class GroupedExperts(torch.nn.Module):
     def _expert(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
         stock = self.stock
         biases = (stock.gate_up_proj_bias[expert], stock.down_proj_bias[expert]) if stock.has_bias else (None, None)
-        gate_up, down = self.get_buffer(f"gate_up_{expert}"), self.get_buffer(f"down_{expert}")
-        both = self._kernels.linear(rows, gate_up, biases[0], self._sizes[0])
-        return self._kernels.linear(stock._apply_gate(both), down, biases[1], self._sizes[1])
+        gate_up, down = (
+            PackedWeight(self.get_buffer(f"{name}_{expert}"), bias)
+            for name, bias in zip(("gate_up", "down"), biases, strict=True)
+        )
+        both = self._kernels.linear(rows, gate_up, self._sizes[0])
+        return self._kernels.linear(stock._apply_gate(both), down, self._sizes[1])
 
 
 def by_expert(

@@ -149,32 +149,41 @@ class FusedGatedLayer(torch.nn.Module):
             self.gate_up = _join(mlp.gate_proj, mlp.up_proj)
             self.down = mlp.down_proj
             self.activation = mlp.act_fn
-        self._kernels = kernels if type(attention.o_proj) is torch.nn.Linear else None
+        self._kernels = kernels
         self._whole: GatedLayer | None = None
-        if self._kernels is not None:
-            for name in ("qkv", "output") if family.has_experts else ("qkv", "output", "gate_up", "down"):
-                setattr(self, name, PackedLinear(getattr(self, name), self._kernels, memory))
-            if self.experts is None:
-                self._whole = self._as_one_call(self._kernels)
+        packed = [
+            self._pack(name, kernels, memory)
+            for name in (("qkv", "output") if family.has_experts else ("qkv", "output", "gate_up", "down"))
+        ]
+        if kernels is not None and all(packed) and self.experts is None:
+            self._whole = self._as_one_call(kernels)
+
+    def _pack(self, name: str, kernels: CpuKernels | None, memory: WeightMemory | None) -> bool:
+        """Give a linear layer the form that the kernels read, if it can have it."""
+        linear = getattr(self, name)
+        if kernels is not None and type(linear) is torch.nn.Linear:
+            setattr(self, name, PackedLinear(linear, kernels, memory))
+            return True
+        if isinstance(linear, IntegerLinear):
+            linear.pack(memory)
+            return linear.for_kernels is not None
+        return False
 
     def _as_one_call(self, kernels: CpuKernels) -> GatedLayer | None:
         """This layer for a kernel that computes all of it, if there is one."""
         activation = _compiled_activation(self.activation)
         if activation is None or self.down.in_features % kernels.block:
             return None
-        qkv, output, gate_up, down = (
-            (linear.packed, linear.bias) for linear in (self.qkv, self.output, self.gate_up, self.down)
-        )
         norms = (self.input_norm, self.query_norm, self.key_norm, self.attention_norm, self.mlp_norm, self.output_norm)
         return GatedLayer(
             num_heads=self.num_heads,
             scoring=self.scoring,
             activation=activation,
             norms=[None if norm is None else (norm.weight, norm.epsilon) for norm in norms],
-            qkv=qkv,
-            output=output,
-            gate_up=gate_up,
-            down=down,
+            qkv=self.qkv.for_kernels,
+            output=self.output.for_kernels,
+            gate_up=self.gate_up.for_kernels,
+            down=self.down.for_kernels,
         )
 
     def forward(

@@ -405,6 +405,9 @@ def _prepare_for_cpu(
             done.append(f"experts of {num_experts} layers by compiled grouped products")
     num_replaced = replace_linears(model, kernels, batch_invariant=config.batch_invariant)
     form = "batch-invariant tiles" if config.batch_invariant else "turned products" if kernels is None else "kernels"
+    for module in model.modules():
+        if isinstance(module, IntegerLinear):
+            module.pack()
     if num_replaced:
         done.append(f"{num_replaced} linear layers by {form if kernels is None else f'compiled {form}'}")
     return done

@@ -13,7 +13,8 @@ from enum import IntEnum
 import torch
 from torch.nn import functional
 
-from textgen_engine.kernels.cpu import CpuKernels
+from textgen_engine.kernels.cpu import CpuKernels, PackedWeight
+from textgen_engine.models.memory import WeightMemory
 
 # As many weights are dequantized at a time.
 _PIECE_WEIGHTS = 4 << 20
@@ -173,8 +174,10 @@ class IntegerLinear(QuantizedLinear):
     """weight int8 [out_features, in_features], scales float32 [out_features], sums int32 [out_features] of its rows.
 
     Each row of x is rounded to -127 ... 127 on a scale of its own, its largest value's, so neighbours do not matter.
+    Once packed for the compiled kernels the weight is gone in its plain form.
     """
 
+    for_kernels: PackedWeight | None = None
     weight: torch.Tensor
     scales: torch.Tensor
     sums: torch.Tensor
@@ -187,14 +190,29 @@ class IntegerLinear(QuantizedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
-        if self.kernels is not None and rows.dtype is torch.float32 and rows.device.type == "cpu":
-            output = self.kernels.integer_linear(rows, self.weight, self.scales, self.sums, self.bias)
+        if self.kernels is not None and self.for_kernels is not None:
+            output = self.kernels.linear(rows.float(), self.for_kernels, self.out_features).to(x.dtype)
         else:
             codes, row_scales = quantize_rows(rows.float())
             output = (self._products(codes) * row_scales[:, None] * self.scales).to(x.dtype)
             if self.bias is not None:
                 output = output + self.bias
         return output.view(*x.shape[:-1], self.out_features)
+
+    def pack(self, memory: WeightMemory | None = None) -> None:
+        """Take the form that the compiled kernels read, on the CPU where there are any."""
+        if self.kernels is None or self.for_kernels is not None or self.weight.device.type != "cpu":
+            return
+        packed = self.kernels.pack(self.weight, None if memory is None else memory.empty)
+        bias = None if self.bias is None else self.bias.detach().float()
+        self.for_kernels = PackedWeight(packed, bias, self.scales, self.sums)
+        self.weight = packed
+
+    def integers(self) -> torch.Tensor:
+        """int8 [out_features, in_features], of whatever form the weight has."""
+        if self.for_kernels is None:
+            return self.weight
+        return self.weight.transpose(1, 2).flatten(2).flatten(0, 1)[: self.out_features, : self.in_features]
 
     def _products(self, codes: torch.Tensor) -> torch.Tensor:
         """codes [num_rows, in_features] times the weights, as float32."""
