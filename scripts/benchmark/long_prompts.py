@@ -1,7 +1,7 @@
 """Long prompts beside running streams, and prefixes that were seen before; against a server of our own.
 
 1. Gaps between the tokens of eight streams: undisturbed, and while a prompt of nearly the model's context is read, with
-   MAX_STEP_STRETCH at its default and at 1 (no limit), taking turns.
+   TEXTGEN_MAX_STEP_STRETCH at its default and at 1 (no limit), taking turns.
 2. Time to the first token of a prompt of 4,000 tokens, cold and repeated.
 3. A chat of ten turns: prompt tokens that each turn really computed.
 
@@ -118,15 +118,15 @@ def main(context: int, rounds: int, output: Path | None) -> None:
     report: dict[str, Any] = {"date": datetime.date.today().isoformat(), "machine": machine, "context": context}
     report["gaps"] = []
     for number, stretch in itertools.product(range(rounds), ("", "1")):
-        os.environ.pop("MAX_STEP_STRETCH", None)
+        os.environ.pop("TEXTGEN_MAX_STEP_STRETCH", None)
         if stretch:
-            os.environ["MAX_STEP_STRETCH"] = stretch
+            os.environ["TEXTGEN_MAX_STEP_STRETCH"] = stretch
         with running_server(()) as (url, _):
             part = ids[number : number + context]
             found = asyncio.run(gaps_beside_a_long_prompt(url, part))
         report["gaps"].append({"max_step_stretch": stretch or "default", **found})
         click.echo(json.dumps(report["gaps"][-1]))
-    os.environ.pop("MAX_STEP_STRETCH", None)
+    os.environ.pop("TEXTGEN_MAX_STEP_STRETCH", None)
     with running_server(()) as (url, _):
         report["prefix"] = asyncio.run(repeated_prefix(url, ids[:4000]))
         report["chat"] = asyncio.run(chat(url))
