@@ -45,11 +45,11 @@ caps, attention sinks, ALiBi, layers without positions.
 
 | what | for which layers | where |
 |---|---|---|
-| joined query-key-value and gate-up products, norms, rotary positions; but for experts a layer is one call | Llama, Qwen 3, Gemma, Mixtral | CPU |
+| joined query-key-value and gate-up products, norms, rotary positions | Llama, Qwen 3, Gemma, Mixtral | CPU |
 | experts as grouped products, rows sorted by expert | all experts; compiled on the CPU in float32 | everywhere |
 | KV blocks given back behind the window | where all layers have a sliding window | everywhere |
-| compiled linear layers on packed weights | every plain linear layer | CPU, float32 and (where the processor multiplies it) bfloat16, with a C++ compiler |
-| compiled attention on the paged cache, any number of queries per key | head sizes divisible by 16 | CPU, cache in float32 or bfloat16, same |
+| compiled linear layers on packed weights | every plain linear layer | CPU with a C++ compiler, float32 or bfloat16 |
+| compiled attention on the paged cache | head sizes divisible by 16 | the same |
 | attention of our own | the families of BLOOM, MPT, Falcon, GPT-J, GPT-Neo, Llama 4, BART, RoBERTa | everywhere |
 
 One line of the log says at each load what was applied.

@@ -5,12 +5,13 @@ Knows processes, ports and files; nothing of models, readiness or terminals.
 
 from __future__ import annotations
 
+import random
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ _UNLOAD_S = 15.0
 # Loading models is running code, mapping shared memory is reading it, and trace and log settings name files to write.
 # Reading a model's configuration and statistics stays open: monitoring and load generators ask for them.
 _ADMIN_APIS = "model-repository,shared-memory,trace,logging"
+# Below what Linux takes for outgoing connections (net.ipv4.ip_local_port_range begins at 32768).
+_UNASSIGNED_PORTS = range(15_000, 32_768)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class ServerOptions:
 def choose_ports(host: str, http: int, grpc: int, metrics: int, gateway: int | None = None) -> Ports:
     """The ports asked for, with a free one for each 0; ServeError names one that is in use.
 
-    All are held at once while choosing, so they differ; they are free again on return.
+    All are held at once while choosing, so they differ; they are free again on return. tritonserver takes them seconds
+    later, so free ones are taken from where the system finds none for outgoing connections.
     """
     chosen = []
     with ExitStack() as held:
@@ -70,12 +74,21 @@ def choose_ports(host: str, http: int, grpc: int, metrics: int, gateway: int | N
             # As a server does: a port whose last connections are still closing is free.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                listener.bind((host, port))
+                _bind(listener, host, port)
                 listener.listen()
             except OSError as error:
                 raise ServeError(f"{option}: cannot listen on {host}:{port}: {error.strerror}") from error
             chosen.append(listener.getsockname()[1])
     return Ports(*chosen)
+
+
+def _bind(listener: socket.socket, host: str, port: int) -> None:
+    if port == 0:
+        for candidate in random.sample(_UNASSIGNED_PORTS, 50):
+            with suppress(OSError):
+                listener.bind((host, candidate))
+                return
+    listener.bind((host, port))
 
 
 class TritonServer:

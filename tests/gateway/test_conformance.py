@@ -88,7 +88,9 @@ def test_9_10_11_seeds(http: httpx.Client) -> None:
     assert alone["details"]["seed"] == 42
     others = [lambda n=n: generate(http, f"note {n}", max_new_tokens=3 + n, temperature=1.0) for n in range(6)]
     again = together(lambda: generate(http, seed=42, **sampled), *others)[0]
-    assert again["details"]["tokens"] == alone["details"]["tokens"]
+    assert again["generated_text"] == alone["generated_text"]
+    for found, expected in zip(again["details"]["tokens"], alone["details"]["tokens"], strict=True):
+        assert found == expected | {"logprob": pytest.approx(expected["logprob"], abs=1e-4)}
     drawn = generate(http, **sampled)
     assert 0 <= drawn["details"]["seed"] < 2**64
     assert generate(http, seed=drawn["details"]["seed"], **sampled)["generated_text"] == drawn["generated_text"]
