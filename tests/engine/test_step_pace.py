@@ -93,7 +93,7 @@ def test_a_long_prompt_beside_streams(stretch: float) -> None:
         machine.add(str(number), 10)
     for _ in range(5):
         machine.step()
-    long = machine.add("long", 2000)
+    long = machine.add("long", 3000)
     times = []
     while not long.is_decoding:
         times.append(machine.step()[1])
@@ -101,7 +101,18 @@ def test_a_long_prompt_beside_streams(stretch: float) -> None:
         assert max(times) > 10 * _step_s(8, 0)  # the whole budget at once
     else:
         assert max(times[1:]) <= stretch * _step_s(8, 0)
-        assert len(times) < 200
+        assert len(times) < 300
+
+
+def test_a_short_prompt_takes_whole_steps() -> None:
+    machine = _Machine(1.8)
+    for number in range(8):
+        machine.add(str(number), 10)
+    for _ in range(5):
+        machine.step()
+    machine.add("short", 2000)
+    batch, _ = machine.step()
+    assert batch.num_tokens == 512
 
 
 def test_a_crowd_of_prompts_gets_the_whole_budget() -> None:

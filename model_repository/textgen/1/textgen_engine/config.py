@@ -196,8 +196,8 @@ OPTIONS: tuple[Option, ...] = (
         "max_step_stretch",
         float,
         1.8,
-        "while no more prompts wait than streams run: a step with prompts takes about this many times as long as "
-        "without, at most; 1: no limit",
+        "beside a prompt longer than four steps' budgets: a step takes about this many times as long as without "
+        "prompts, at most; 1: no limit",
         minimum=1,
     ),
     _tgi(

@@ -3,10 +3,10 @@
 Owns the waiting and the running list and the token budget. Sees neither tensors nor tokenizers nor Triton.
 
 One step mixes decodes (one token each, always first, so that running streams never wait for a prompt) with chunks of
-prompts. While no more prompts wait than streams run, the chunks are so small that a step takes little longer than
-without them (step_pace.py); a crowd of prompts gets the whole budget, since many would wait for the few. Blocks are
-reserved for the tokens of the step only. When they run out, the least urgent sequence is preempted: it gives its blocks
-away and is computed again later, from its tokens.
+prompts. Beside a long prompt the chunks are so small that a step takes little longer than without them (step_pace.py).
+Prompts that take a few steps together, and crowds of them, get the whole budget: the pause is short, or many would wait
+for the few. Blocks are reserved for the tokens of the step only. When they run out, the least urgent sequence is
+preempted: it gives its blocks away and is computed again later, from its tokens.
 
 Urgency is one number per request: arrival_s - priority * priority_ageing_s, smaller first. That is first come first
 served inside a priority, and a request that has waited `priority_ageing_s` longer equals one of the next priority, so
@@ -16,6 +16,7 @@ nobody starves.
 from __future__ import annotations
 
 import bisect
+import itertools
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -33,6 +34,10 @@ _MOST_VERIFIED_ROWS = 32
 _MIN_SHARED_CHUNK = 64
 # How many waiting sequences that do not fit are passed over in one step, to bound the step's search.
 _MAX_PASSED_OVER = 16
+# More than one prompt is a crowd when there are fewer streams than this for each.
+_STREAMS_PER_PROMPT = 4
+# Prompts that take no more whole steps than this hold up streams for too short a time to be slowed down for it.
+_SHORT_STEPS = 4
 # Prompts whose log-probabilities are wanted need one row of logits per token: so many of them fit into one step, so
 # that its logits are bounded (128 rows of 128k entries are 64 MiB).
 MAX_SCORED_TOKENS = 128
@@ -185,8 +190,13 @@ class Scheduler:
         """What of the step's budget prompts may use beside its decodes."""
         if self._pace is None or not num_decodes:
             return budget
-        num_prompts = len(self.waiting) + sum(not sequence.is_decoding for sequence in self.running)
-        if num_prompts > num_decodes:
+        prompts = itertools.chain((one for one in self.running if not one.is_decoding), self.waiting)
+        num_tokens = 0
+        for num_prompts, sequence in enumerate(prompts, start=1):
+            num_tokens += len(sequence.token_ids)  # all of it: the end of a long prompt is no short one
+            if num_prompts > max(1, num_decodes // _STREAMS_PER_PROMPT):
+                return budget
+        if num_tokens <= _SHORT_STEPS * self._config.max_tokens_per_step:
             return budget
         limit = self._pace.prompt_tokens(num_decodes)
         return budget if limit is None else min(budget, limit)
