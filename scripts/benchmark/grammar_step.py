@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import platform
 import statistics
 import sys
@@ -29,6 +30,8 @@ import click
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "model_repository" / "textgen" / "1"))
+# As the engine's process has it: PyTorch's threads that spin would take the cores from the kernels' own.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from textgen_engine.config import EngineConfig, build_config
 from textgen_engine.engine import Engine

@@ -22,6 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "model_repository" / "textgen" / "1"))
 
+# As the engine's process has it: PyTorch's threads that spin would take the cores from the kernels' own.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 import transformers
 
