@@ -133,6 +133,7 @@ class Engine:
             device=loaded.device,
             watermark_gamma=config.watermark.gamma,
             watermark_delta=config.watermark.delta,
+            cpu_kernels=loaded.kernels,
         )
         num_blocks = config.cache.num_blocks
         if num_blocks is None:

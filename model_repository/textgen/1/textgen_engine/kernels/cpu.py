@@ -58,6 +58,10 @@ class CpuKernels:
         self.dtypes = {torch.float32} | ({torch.bfloat16} if library.textgen_has_bfloat16() else set())
         self._attend.argtypes = _types("pppppppppp")
         self._layer.argtypes = _types("ppppppppp")
+        self._largest, self._finalists = library.textgen_largest, library.textgen_finalists
+        self._largest.argtypes = _types("ppippiii")
+        self._finalists.argtypes = _types("ppipppppiii")
+        self._largest.restype = self._finalists.restype = None
         for function in (self._pack, self._take, self._linear, self._attend, self._layer):
             function.restype = None
         self._coded_linear = library.textgen_coded_linear
@@ -187,6 +191,44 @@ class CpuKernels:
             *(_address(tensor) for tensor in tensors),
         )
         return output
+
+    def largest(self, logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """sampling.filters.largest: logits float32 [n, vocab] -> values float32 and ids int64 [n, count], in order."""
+        assert logits.dtype is torch.float32 and logits.stride(1) == 1
+        num_rows, size = logits.shape
+        values = logits.new_empty(num_rows, count)
+        ids = torch.empty(num_rows, count, dtype=torch.int64)
+        self._largest(
+            self._pool,
+            *(logits.data_ptr(), logits.stride(0), values.data_ptr(), ids.data_ptr()),
+            *(num_rows, size, count),
+        )
+        return values, ids
+
+    def finalists(
+        self,
+        logits: torch.Tensor,
+        top: torch.Tensor,
+        temperature: torch.Tensor,
+        id_hashes: torch.Tensor,
+        keys: torch.Tensor,
+        count: int,
+    ) -> torch.Tensor:
+        """The ids int64 [n, count] with the largest (logits - top) / temperature + Gumbel noise in float32: logits
+        float32 [n, vocab], top and temperature [n, 1], id_hashes int32 [vocab], keys int32 [n, 2]."""
+        assert logits.dtype is torch.float32 and logits.stride(1) == 1
+        assert id_hashes.dtype is torch.int32 and keys.dtype is torch.int32 and id_hashes.is_contiguous()
+        num_rows, size = logits.shape
+        top, temperature, keys = top.float().contiguous(), temperature.float().contiguous(), keys.contiguous()
+        ids = torch.empty(num_rows, count, dtype=torch.int64)
+        tensors = (top, temperature, id_hashes, keys, ids)
+        self._finalists(
+            self._pool,
+            *(logits.data_ptr(), logits.stride(0)),
+            *(tensor.data_ptr() for tensor in tensors),
+            *(num_rows, size, count),
+        )
+        return ids
 
 
 class _Scoring(ctypes.Structure):

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <mutex>
 #include <thread>
 #include <utility>
@@ -310,6 +311,8 @@ void run_layer(Pool* pool, const Element*, const Layer& layer, const Step& step,
     add_linear(activated, intermediate, layer.down, layer.output_norm, h, out);
 }
 
+#include "sampling_kernels.h"
+
 }  // namespace
 
 extern "C" {
@@ -370,6 +373,39 @@ void textgen_layer(void* pool, const Layer* layer, const Step* step, const float
                    void* keys, void* values, float* out) {
     by_kind(layer->kind, [&](const auto* element) {
         run_layer(static_cast<Pool*>(pool), element, *layer, *step, x, cos, sin, keys, values, out);
+    });
+}
+
+// The `count` largest of each of num_rows rows, `stride` floats apart: values and ids [num_rows, count].
+void textgen_largest(void* pool, const float* logits, int64_t stride, float* values, int64_t* ids, int64_t num_rows,
+                     int64_t size, int64_t count) {
+    static_cast<Pool*>(pool)->run(num_rows, [&](int64_t row) {
+        find_largest(logits + row * stride, size, count, values + row * count, ids + row * count);
+    });
+}
+
+// The ids [num_rows, count] with the largest (logit - top) / temperature + noise; keys [num_rows, 2].
+void textgen_finalists(void* pool, const float* logits, int64_t stride, const float* tops, const float* temperatures,
+                       const int32_t* id_hashes, const int32_t* keys, int64_t* ids, int64_t num_rows, int64_t size,
+                       int64_t count) {
+    static_cast<Pool*>(pool)->run(num_rows, [&](int64_t row) {
+        const float* from = logits + row * stride;
+        float* scores = scratch(size + kLanes + count);
+        float* values = scores + size + kLanes;
+        const float top = tops[row], temperature = temperatures[row];
+        by_vectors(size, [&](int64_t i, int64_t some) {
+            Integers bits = {};
+            if (some == kLanes)
+                bits = *reinterpret_cast<const StoredIntegers*>(id_hashes + i);
+            else
+                std::memcpy(&bits, id_hashes + i, some * sizeof(int32_t));
+            bits = (bits ^ keys[2 * row]) * 0x21F0AAAD;
+            bits ^= shifted(bits, 15);
+            bits = (bits + keys[2 * row + 1]) * 0x735A2D97;
+            bits ^= shifted(bits, 16);
+            put_some(scores + i, (load_some(from + i, some) - top) / temperature + gumbel(bits), some);
+        });
+        find_largest(scores, size, count, values, ids + row * count);
     });
 }
 

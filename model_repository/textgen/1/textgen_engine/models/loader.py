@@ -67,6 +67,7 @@ class LoadedModel:
     window: the widest of the layers' sliding windows, where all have one.
     plan: set where the model is one rank's part; `connect` has then to be called before the first step. tokenizer: None
     on ranks other than 0. reads_masks: False where every layer knows its mask already (models/gpu_layers.py).
+    kernels: the CPU's, where there are any.
     """
 
     model: torch.nn.Module
@@ -81,6 +82,7 @@ class LoadedModel:
     window: int | None = None
     plan: Plan | None = None
     reads_masks: bool = True
+    kernels: CpuKernels | None = None
 
     def connect(self, collectives: Collectives) -> None:
         """Join this rank's part with the others'; every rank does so once."""
@@ -213,6 +215,7 @@ def load_model(
         window=window,
         plan=plan,
         reads_masks=reads_masks,
+        kernels=kernels,
     )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from textgen_engine.kernels.cpu import CpuKernels
 from textgen_engine.sampling.params import SamplingParams
 from textgen_engine.sampling.rows import RowSet
 from textgen_engine.transfer import to_device
@@ -138,9 +139,12 @@ def weigh(logits: Tensor, filters: Filters, needing: RowSet) -> Mass:
     return Mass(total, moment)
 
 
-def candidates(logits: Tensor, filters: Filters, mass: Mass, count: int) -> Candidates:
+def candidates(
+    logits: Tensor, filters: Filters, mass: Mass, count: int, kernels: CpuKernels | None = None
+) -> Candidates:
     """Filter the `count` most likely tokens of each row. logits: [n, vocab] float32; mass: from `weigh`."""
-    values, ids = largest(logits, count)  # [n, count]
+    find = largest if kernels is None else kernels.largest
+    values, ids = find(logits, count)  # [n, count]
     top = values[:, :1].clamp(_FLOAT32.min, _FLOAT32.max)
     z = _scale(values, top, filters.temperature)
     keep, decided = _cut(z, ~torch.isneginf(values), filters, mass)

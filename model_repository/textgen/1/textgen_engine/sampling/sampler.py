@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from textgen_engine.kernels.cpu import CpuKernels
 from textgen_engine.kernels.sampling import sampling_kernels
 from textgen_engine.sampling import randomness
 from textgen_engine.sampling.filters import (
@@ -128,8 +129,10 @@ class Sampler:
         device: torch.device,
         watermark_gamma: float = 0.5,
         watermark_delta: float = 2.0,
+        cpu_kernels: CpuKernels | None = None,
     ) -> None:
         self._vocab_size = vocab_size
+        self._cpu_kernels = cpu_kernels
         self._num_slots = num_slots
         self._device = device
         self._id_hashes = randomness.hashed_ids(vocab_size, device)  # [vocab_size] int32
@@ -291,19 +294,23 @@ class Sampler:
     def _choose_free(self, logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
         """A race over the whole vocabulary: sifted in float32, decided in float64. [n, vocab] -> [n]."""
         top = largest_finite(logits)
-        if self._kernels is not None:
-            scores = self._kernels.race_scores(logits, top, temperature, self._id_hashes, keys)
+        count = min(_NUM_FINALISTS, self._vocab_size)
+        if self._cpu_kernels is not None:
+            ids = self._cpu_kernels.finalists(logits, top, temperature, self._id_hashes, keys, count)
         else:
-            scores = randomness.gumbel_noise(randomness.noise_bits(self._id_hashes, keys), torch.float32)
-            scores += torch.sub(logits, top).div_(temperature.to(torch.float32))
-        ids = scores.topk(min(_NUM_FINALISTS, self._vocab_size), dim=-1).indices  # [n, finalists]
+            if self._kernels is not None:
+                scores = self._kernels.race_scores(logits, top, temperature, self._id_hashes, keys)
+            else:
+                scores = randomness.gumbel_noise(randomness.noise_bits(self._id_hashes, keys), torch.float32)
+                scores += torch.sub(logits, top).div_(temperature.to(torch.float32))
+            ids = scores.topk(count, dim=-1).indices  # [n, finalists]
         scaled = (logits.gather(1, ids).to(torch.float64) - top.to(torch.float64)) / temperature
         return self._race(ids, scaled, keys)
 
     def _choose_cut(self, logits: Tensor, plan: _CutPlan, keys: Tensor) -> Tensor:
         """A race among what the filters leave of the best candidates; of more of them for the rows that need it."""
         mass = weigh(logits, plan.filters, plan.weighed)
-        found = candidates(logits, plan.filters, mass, plan.widths[0])
+        found = candidates(logits, plan.filters, mass, plan.widths[0], self._cpu_kernels)
         token_ids = self._race(found.ids, found.scaled, keys)
         if len(plan.widths) == 1:
             return token_ids
@@ -311,7 +318,9 @@ class Sampler:
         for width in plan.widths[1:]:
             if open_rows.numel() == 0:
                 break
-            found = candidates(logits[open_rows], plan.filters.rows(open_rows), mass.rows(open_rows), width)
+            found = candidates(
+                logits[open_rows], plan.filters.rows(open_rows), mass.rows(open_rows), width, self._cpu_kernels
+            )
             token_ids[open_rows] = self._race(found.ids, found.scaled, keys[open_rows])
             open_rows = open_rows[~found.decided]
         return token_ids
