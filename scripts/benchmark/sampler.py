@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Time one sampling step of a batch, for each option alone and for all of them, and print a table and JSON.
 
-    sampler.py [--batch 32] [--vocab 49152] [--threads 2] [--steps 20] [--device cpu] [--json results.json]
+    sampler.py [--batch 32] [--vocab 49152] [--threads 2] [--steps 20] [--device cpu]
+               [--no-compiled] [--json results.json]
 
 Logits are random with a spread like a language model's (a few tokens hold most of the mass). "flat" rows have hardly
 any: the worst case for top_p, whose nucleus then holds thousands of tokens.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -20,8 +22,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "model_repository" / "textgen" / "1"))
 
+# As the engine's process has it: PyTorch's threads that spin would take the cores from the kernels' own.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
+from textgen_engine.kernels.cpu import CpuKernels, load_kernels
 from textgen_engine.sampling.params import SamplingParams
 from textgen_engine.sampling.sampler import GrammarRows, Sampler
 
@@ -78,9 +84,11 @@ CASES = (
 )
 
 
-def measure(case: Case, batch: int, vocab: int, steps: int, device: torch.device) -> dict[str, Any]:
+def measure(
+    case: Case, batch: int, vocab: int, steps: int, device: torch.device, kernels: CpuKernels | None
+) -> dict[str, Any]:
     """Milliseconds of one `sample` call: best and median of `steps` after three to warm up, and the very first."""
-    sampler = Sampler(vocab_size=vocab, num_slots=batch, device=device)
+    sampler = Sampler(vocab_size=vocab, num_slots=batch, device=device, cpu_kernels=kernels)
     for slot in range(batch):
         sampler.add(
             slot,
@@ -117,14 +125,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"batch {arguments.batch}, vocabulary {arguments.vocab}, {arguments.device}, {arguments.threads} threads\n")
     print(f"{'one step, ms':24}{'best':>9}{'median':>9}{'first':>9}")
     results = []
+    kernels = load_kernels(arguments.threads) if arguments.compiled and arguments.device == "cpu" else None
     for case in CASES:
-        result = measure(case, arguments.batch, arguments.vocab, arguments.steps, torch.device(arguments.device))
+        device = torch.device(arguments.device)
+        result = measure(case, arguments.batch, arguments.vocab, arguments.steps, device, kernels)
         times = f"{result['best_ms']:9.2f}{result['median_ms']:9.2f}{result['first_ms']:9.2f}"
         print(f"{case.name:24}{times}", flush=True)
         results.append(result)
