@@ -137,7 +137,7 @@ def test_a_poisonous_request_is_found_out(faulty: Wire, fault_record: FaultRecor
     """All clients send again what failed, as clients do. The engine dies three times, the third time alone with the
     guilty request and whoever is new; then it is refused, and nobody else ever is."""
     begun_s = time.monotonic()
-    innocent = LASTING | {"max_new_tokens": 400}
+    innocent = LASTING | {"max_new_tokens": 2000}
     poison = {"input_ids": [5, CRASHES, 6], "sampling_parameters": {"max_new_tokens": 4}}
     restarts = faulty.server.metric("tgi_engine_restarts")
     for death in range(2):
