@@ -56,7 +56,7 @@ def blocked(narrow: Wire) -> Iterator[Wire]:
     num_prefilled = narrow.server.metric("tgi_prefill_tokens")
     yield narrow
     assert narrow.server.metric("tgi_batch_current_size") == 1, "the blocker ended early"
-    assert narrow.server.metric("tgi_queue_size") == 0
+    wait_until(lambda: narrow.server.metric("tgi_queue_size") == 0, "the queue is shown as empty")
     blocker.cancel()
     wait_until_idle(narrow.server)
     assert narrow.server.metric("tgi_prefill_tokens") == num_prefilled
