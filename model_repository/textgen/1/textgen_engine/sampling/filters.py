@@ -27,6 +27,8 @@ _UNIT = 2.0**40  # one, as a fixed-point mass; 2**22 tokens of mass one still fi
 _LEAST_Z = -80.0  # its mass is zero in fixed point, and exp stays clear of slow subnormal numbers
 _LEAST_TEMPERATURE = 1e-6  # below it the most likely token wins anyway, and float32 would overflow
 _FLOAT32 = torch.finfo(torch.float32)
+# More are sorted faster than searched for.
+_MOST_SEARCHED = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,7 @@ def candidates(
     logits: Tensor, filters: Filters, mass: Mass, count: int, kernels: CpuKernels | None = None
 ) -> Candidates:
     """Filter the `count` most likely tokens of each row. logits: [n, vocab] float32; mass: from `weigh`."""
-    find = largest if kernels is None else kernels.largest
+    find = largest if kernels is None or count > _MOST_SEARCHED else kernels.largest
     values, ids = find(logits, count)  # [n, count]
     top = values[:, :1].clamp(_FLOAT32.min, _FLOAT32.max)
     z = _scale(values, top, filters.temperature)
