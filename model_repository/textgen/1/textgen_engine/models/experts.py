@@ -30,9 +30,13 @@ class GroupedExperts(torch.nn.Module):
         self._kernels = kernels
         empty = None if memory is None else memory.empty
         self._sizes = stock.gate_up_proj.shape[1], stock.down_proj.shape[1]
-        for name, tensor in (("gate_up", stock.gate_up_proj), ("down", stock.down_proj)):
-            for expert, weight in enumerate(tensor.detach()):
-                self.register_buffer(f"{name}_{expert}", kernels.pack(weight, empty), persistent=False)
+        self._weights: dict[str, list[PackedWeight]] = {}
+        for name in ("gate_up", "down"):
+            biases = getattr(stock, f"{name}_proj_bias") if stock.has_bias else [None] * stock.num_experts
+            weights = [kernels.pack(weight, empty) for weight in getattr(stock, f"{name}_proj").detach()]
+            self._weights[name] = [PackedWeight(*pair) for pair in zip(weights, biases, strict=True)]
+            for expert, weight in enumerate(weights):
+                self.register_buffer(f"{name}_{expert}", weight, persistent=False)
 
     def release(self) -> None:
         """Let the stock module's weights go."""
@@ -46,14 +50,9 @@ class GroupedExperts(torch.nn.Module):
         return by_expert(hidden_states, top_k_index, top_k_weights, self.stock.num_experts, self._expert)
 
     def _expert(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
-        stock = self.stock
-        biases = (stock.gate_up_proj_bias[expert], stock.down_proj_bias[expert]) if stock.has_bias else (None, None)
-        gate_up, down = (
-            PackedWeight(self.get_buffer(f"{name}_{expert}"), bias)
-            for name, bias in zip(("gate_up", "down"), biases, strict=True)
-        )
+        gate_up, down = (self._weights[name][expert] for name in ("gate_up", "down"))
         both = self._kernels.linear(rows, gate_up, self._sizes[0])
-        return self._kernels.linear(stock._apply_gate(both), down, self._sizes[1])
+        return self._kernels.linear(self.stock._apply_gate(both), down, self._sizes[1])
 
 
 def by_expert(
