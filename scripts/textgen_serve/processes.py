@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import signal
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ _STUB = "triton_python_backend_stub"
 STUB_ROLES = ("textgen", "tokenizer")
 # Finding processes walks over all of the machine's, looking at a known one does not.
 _LOOKS_PER_SEARCH = 5
+# While processes end: how soon one that a dying parent handed over is asked to end as well.
+_S_BETWEEN_LOOKS = 0.5
 
 
 @dataclass(frozen=True)
@@ -132,29 +135,35 @@ def die_with_parent() -> None:
 
 def end_all_below(grace_s: float, spare: Collection[int] = ()) -> None:
     """End every descendant of this process: ask, wait up to `grace_s` seconds, kill; all are reaped on return. The
-    children in `spare` live on, with all that is below them."""
+    children in `spare` live on, with all that is below them.
 
-    def descendants() -> list[psutil.Process]:
-        found = []
-        for child in psutil.Process().children():
-            if child.pid not in spare:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    found += [*child.children(recursive=True), child]
-        return found
-
-    below = descendants()
-    if grace_s > 0:
+    Whoever dies hands its children over to this process (`adopt_orphans`), and in a look made at that moment they may
+    stand nowhere. So it ends only with a look that finds nobody: such a look is right, since what dies below is listed
+    as this process's child, or as somebody's below one, until this process has reaped it.
+    """
+    deadline = time.monotonic() + grace_s
+    asked: set[int] = set()
+    while below := _descendants(spare):
+        left_s = deadline - time.monotonic()
         for process in below:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-        _, below = psutil.wait_procs(below, timeout=grace_s)
-    # Killing may orphan processes that were started meanwhile, so look again until nobody is left.
-    while below:
-        for process in below:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(below, timeout=5)
-        below = descendants()
+                if left_s <= 0:
+                    process.kill()
+                elif process.pid not in asked:
+                    process.terminate()
+        asked.update(process.pid for process in below)
+        psutil.wait_procs(below, timeout=5 if left_s <= 0 else min(left_s, _S_BETWEEN_LOOKS))
+
+
+def _descendants(spare: Collection[int]) -> list[psutil.Process]:
+    found = []
+    waiting = [child for child in psutil.Process().children() if child.pid not in spare]
+    while waiting:
+        process = waiting.pop()
+        found.append(process)  # before what is below it: who is not listed cannot be looked below again
+        with contextlib.suppress(psutil.NoSuchProcess):
+            waiting += process.children()
+    return found
 
 
 def _prctl(option: int, value: int) -> None:
