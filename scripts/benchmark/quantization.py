@@ -2,8 +2,9 @@
 
 Perplexity of a fixed text (scripts/textgen_quantization/alice.txt: the first two chapters of Lewis Carroll's "Alice's
 Adventures in Wonderland", 1865, in the public domain), memory, an answer, and the speed of a decode step beside
-float32's, the two engines taking turns in one process. Each method runs in processes of its own. Results are added to
-those in benchmarks/results/quantization.json, so that the methods may be measured a few at a time.
+float32's, the two engines taking turns in one process. Each measurement is a process of its own and is written to
+benchmarks/results/quantization.json when it is done. Without names everything is measured anew; --resume measures what
+an interrupted run left out.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ CONTEXT = 200
 @click.option(
     "--model", type=click.Path(path_type=Path, exists=True), default=ROOT / ".cache/models/smollm2-135m-instruct"
 )
-@click.option("--rounds", default=8, show_default=True, help="of each speed's measurement")
-@click.option("--tokens", default=4096, show_default=True, help="of the text that are scored")
+@click.option("--rounds", default=6, show_default=True, help="of each speed's measurement")
+@click.option("--tokens", default=2048, show_default=True, help="of the text that are scored")
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
 @click.option("--page-only", is_flag=True, help=f"write {PAGE.name} from what was measured before")
+@click.option("--resume", is_flag=True, help="leave alone what was measured before")
 @click.option("--only", type=click.Choice(["quality", "speed"]), help="one of the two measurements")
 @click.option("--child", hidden=True, help="the folder of this process's checkpoint")
 def main(
@@ -51,6 +53,7 @@ def main(
     tokens: int,
     threads: int,
     page_only: bool,
+    resume: bool,
     only: str | None,
     child: str | None,
 ) -> None:
@@ -64,13 +67,43 @@ def main(
         click.echo(json.dumps(_measure(names[0], model, Path(child), threads, rounds, tokens, only)))
         return
     if not page_only:
+        setting = {
+            "model": model.name,
+            "text_tokens": tokens,
+            "rounds": rounds,
+            "context": CONTEXT,
+            "machine": {"cpu": _processor(), "threads": threads},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        }
+        results = _results_so_far(setting, anew=not (names or resume))
         for name in names or METHODS:
+            known = results["methods"].get(name, {})
+            pieces = ["quality"] if name == "float32" else ["quality", "speed"]
+            pieces = [piece for piece in pieces if only in (None, piece) and not (resume and _SHOWS[piece] in known)]
             with tempfile.TemporaryDirectory() as scratch:
-                folder = folder_of(METHODS[name], model, Path(scratch))
-                for what in ("quality", "speed") if only is None else (only,):
-                    if (name, what) != ("float32", "speed"):
-                        _record(name, _in_process(name, model, folder, threads, rounds, tokens, what), threads)
+                folder = folder_of(METHODS[name], model, Path(scratch)) if pieces else model
+                for piece in pieces:
+                    _record(results, name, _in_process(name, model, folder, threads, rounds, tokens, piece))
     write_page()
+
+
+# A measurement that is done shows this in the results.
+_SHOWS = {"quality": "perplexity", "speed": f"speed_{BATCHES[0]}"}
+
+
+def _results_so_far(setting: dict[str, Any], *, anew: bool) -> dict[str, Any]:
+    """What was measured before, in the same setting: figures of different ones do not belong into one table."""
+    if anew or not RESULTS.is_file():
+        return {**setting, "methods": {}}
+    results: dict[str, Any] = json.loads(RESULTS.read_text())
+    if {key: results.get(key) for key in setting} != setting:
+        raise click.ClickException(f"{RESULTS.name} was measured in another setting; without names all is done anew")
+    return results
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo") as lines:
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _measure(name: str, model: Path, folder: Path, threads: int, rounds: int, tokens: int, what: str) -> dict[str, Any]:
@@ -78,13 +111,8 @@ def _measure(name: str, model: Path, folder: Path, threads: int, rounds: int, to
     method = METHODS[name]
     if what == "quality":
         return measure_quality(folder, model, method, threads, num_tokens=tokens).as_json()
-    return {
-        f"speed_{batch}": [
-            round(ratio, 3)
-            for ratio in measure_speed(model, folder, method, threads, batch=batch, context=CONTEXT, rounds=rounds)
-        ]
-        for batch in BATCHES
-    }
+    found = measure_speed(model, folder, method, threads, batches=BATCHES, context=CONTEXT, rounds=rounds)
+    return {f"speed_{batch}": [round(ratio, 3) for ratio in ratios] for batch, ratios in found.items()}
 
 
 def _in_process(
@@ -100,10 +128,7 @@ def _in_process(
     return found
 
 
-def _record(name: str, found: dict[str, Any], threads: int) -> None:
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"methods": {}}
-    results["machine"] = {"cpu": platform.processor() or platform.machine(), "threads": threads}
-    results["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+def _record(results: dict[str, Any], name: str, found: dict[str, Any]) -> None:
     results["methods"].setdefault(name, {}).update(found)
     results["methods"] = {known: results["methods"][known] for known in METHODS if known in results["methods"]}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")

@@ -10,7 +10,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -183,46 +183,54 @@ def measure_quality(folder: Path, tokenizer_folder: Path, method: Method, thread
 
 
 def measure_speed(
-    plain: Path, folder: Path, method: Method, threads: int, *, batch: int, context: int, rounds: int
-) -> list[float]:
-    """For each round, how many times faster a decode step is than with float32. The two take turns."""
-    steps = (rounds + 1) * _STEPS_A_ROUND + _WARM_UP_STEPS + batch * context // _CHUNK + 40
+    plain: Path, folder: Path, method: Method, threads: int, *, batches: Sequence[int], context: int, rounds: int
+) -> dict[int, list[float]]:
+    """For each of these numbers of streams, and for each round, how many times faster a decode step is than with
+    float32. The two engines take turns; `batches` rise."""
+    steps = len(batches) * ((rounds + 1) * _STEPS_A_ROUND + _WARM_UP_STEPS + 40) + batches[-1] * context // _CHUNK
     runs = [
-        _decoding(where, how, threads, batch=batch, context=context, steps=steps)
+        _engine(where, how, threads, batch=batches[-1], context=context, steps=steps)
         for where, how in ((plain, METHODS["float32"]), (folder, method))
     ]
-    ratios = []
-    for number in range(rounds + 1):
-        medians = []
+    ratios: dict[int, list[float]] = {}
+    for batch in batches:
         for run in runs:
-            times = []
-            for _ in range(_STEPS_A_ROUND):
-                begin = time.perf_counter()
-                run.engine.step()
-                times.append(time.perf_counter() - begin)
-            medians.append(statistics.median(times))
-        if number:  # the first one warms up
-            ratios.append(medians[0] / medians[1])
+            _start_decoding(run, batch, context, steps)
+        ratios[batch] = []
+        for number in range(rounds + 1):
+            medians = []
+            for run in runs:
+                times = []
+                for _ in range(_STEPS_A_ROUND):
+                    begin = time.perf_counter()
+                    run.engine.step()
+                    times.append(time.perf_counter() - begin)
+                medians.append(statistics.median(times))
+            if number:  # the first one warms up
+                ratios[batch].append(medians[0] / medians[1])
     for run in runs:
         run.close()
     return ratios
 
 
-def _decoding(folder: Path, method: Method, threads: int, *, batch: int, context: int, steps: int) -> Run:
-    """An engine in which `batch` sequences of `context` tokens are decoding."""
+def _engine(folder: Path, method: Method, threads: int, *, batch: int, context: int, steps: int) -> Run:
     num_blocks = batch * (-(-(context + steps) // 16) + 2)
-    run = Run(folder, method, threads, num_blocks=num_blocks, num_sequences=batch)
+    return Run(folder, method, threads, num_blocks=num_blocks, num_sequences=batch)
+
+
+def _start_decoding(run: Run, batch: int, context: int, steps: int) -> None:
+    """Have `batch` sequences, each of which came with `context` tokens, decode in this engine."""
     generator = torch.Generator().manual_seed(0)
     stopping = StoppingParams(max_new_tokens=steps, ignore_eos_token=True)
+    sequences = run.engine._choice_of
     for number in range(batch):
         prompt = torch.randint(3, run.engine.info.vocab_size, (context,), generator=generator).tolist()
-        run.engine.submit(GenerationRequest(str(number), tuple(prompt), stopping=stopping))
-    sequences = run.engine._choice_of
+        if number >= len(sequences):
+            run.engine.submit(GenerationRequest(str(number), tuple(prompt), stopping=stopping))
     while len(sequences) < batch or any(not sequence.num_output_tokens for sequence in sequences):
         run.engine.step()
     for _ in range(_WARM_UP_STEPS):
         run.engine.step()
-    return run
 
 
 def _rss_mib() -> float:

@@ -7,6 +7,7 @@ for, computed from the codes before they are packed.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 Packed = tuple[dict[str, torch.Tensor], torch.Tensor]
+_LINEAR = re.compile(r"(_proj|\.w[123])\.weight$")
 
 
 def repack(plain: Path, folder: Path, settings: dict[str, Any], pack: Callable[[torch.Tensor], Packed]) -> Path:
@@ -25,7 +27,7 @@ def repack(plain: Path, folder: Path, settings: dict[str, Any], pack: Callable[[
     packed, meant = {}, {}
     for name, tensor in load_file(plain / "model.safetensors").items():
         packed[name] = meant[name] = tensor
-        if name.endswith("_proj.weight"):
+        if _LINEAR.search(name):
             del packed[name]
             parts, meant[name] = pack(tensor)
             packed |= {name.removesuffix("weight") + part: value.contiguous() for part, value in parts.items()}

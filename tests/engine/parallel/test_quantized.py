@@ -93,6 +93,20 @@ def test_experts_quantized_at_load(new_ranks: NewRanks, tmp_path: Path) -> None:
     assert_alike(new_ranks(model, 2, **options), new_ranks(model, 1, **options), PROMPTS[:4], num_tokens=6)
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("mixtral", "awq"), ("qwen3_moe", "gptq 4 bits, act-order"), ("mixtral", "fp8 by uneven blocks")],
+)
+def test_stored_experts_are_split_by_their_inner_units(
+    new_ranks: NewRanks, tmp_path: Path, family: str, name: str
+) -> None:
+    plain = save_checkpoint(
+        tmp_path / "plain", family, **EVEN, **({"moe_intermediate_size": 192} if "qwen" in family else {})
+    )
+    folder = packers.repack(plain, tmp_path, *STORED[name])
+    assert_alike(new_ranks(folder / "packed", 2), new_ranks(folder / "meant", 1), PROMPTS[:4], num_tokens=6)
+
+
 def what_parts_stand_for(model: Path, folder: Path, method: str) -> Path:
     """A plain checkpoint of the weights that two ranks hold; each near those of the model, and quantized."""
     original = load_file(model / "model.safetensors")

@@ -21,7 +21,7 @@ from textgen_engine.models.experts import has_known_form
 from textgen_engine.models.fusion import FusedGatedLayer
 from textgen_engine.models.loader import LoadedModel, load_model
 from textgen_engine.models.quantization.bitsandbytes_4bit import TABLES, FourBit
-from textgen_engine.models.quantization.experts import QuantizedExperts
+from textgen_engine.models.quantization.experts import ExpertLayers
 from textgen_engine.models.quantization.linear import CodedLinear, IntegerLinear, QuantizedLinear, unpack_nibbles
 from textgen_quantization import packers
 
@@ -174,7 +174,7 @@ def test_experts_are_quantized(
     """Each expert as a layer of its own: what comes out is what the weights they stand for give."""
     folder = save_checkpoint(tmp_path / "plain", family, **EXPERT_SIZES)
     loaded, stock = load(folder, quantize=method, compiled=compiled), load(folder, compiled=False)
-    quantized = [module for module in loaded.model.modules() if isinstance(module, QuantizedExperts)]
+    quantized = [module for module in loaded.model.modules() if isinstance(module, ExpertLayers)]
     plain = [module for module in stock.model.modules() if has_known_form(module)]
     assert len(quantized) == len(plain) == 2
     for ours, theirs in zip(quantized, plain, strict=True):

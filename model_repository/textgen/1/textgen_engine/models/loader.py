@@ -263,6 +263,7 @@ def read_model(
         model, report = model_class.from_pretrained(
             None, state_dict=stored_tensors(reader, hooks), quantization_config=quantization_config, **keywords
         )
+        hooks.complete(model, device)
     return model, report
 
 
@@ -278,12 +279,13 @@ def _quantization(
             )
         return None
     settings = checkpoint_settings(checkpoint.folder, hf_config)
-    method = choose_method(config.quantize, settings, stored_shapes(list(checkpoint.shards)))
+    stored = stored_shapes(list(checkpoint.shards))
+    method = choose_method(config.quantize, settings, stored)
     if method is None:
         return None
     if settings is not None and hasattr(hf_config, "quantization_config"):
         del hf_config.quantization_config
-    return QuantizationHooks(method, kernels, settings)
+    return QuantizationHooks(method, kernels, settings, stored)
 
 
 def _gguf_keyword(checkpoint: Checkpoint) -> dict[str, str]:

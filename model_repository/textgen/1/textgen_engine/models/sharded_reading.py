@@ -62,6 +62,12 @@ class PartHooks(WeightHooks):
     def convert(self, model: torch.nn.Module, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         return self._inner.convert(model, name, tensor)
 
+    def takes(self, tensor: StoredTensor) -> bool:
+        return self._inner.takes(tensor)
+
+    def complete(self, model: torch.nn.Module, device: torch.device) -> None:
+        self._inner.complete(model, device)
+
     def select(self, tensor: StoredTensor) -> StoredTensor | StoredParts:
         """Raises CannotSplit for a conversion that cannot be followed back."""
         part = self._part_of(tensor.name)

@@ -189,6 +189,10 @@ class Plan:
                     empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
                     setattr(module, name, torch.nn.Parameter(empty, requires_grad=False))
                     _tell_size(module, parameter.shape, shape)
+                    if (
+                        name == "down_proj" and part.dim == 2
+                    ):  # of experts; for those whose weights are stored quantized
+                        module.inner_of_rank = part.ranges, parameter.shape[2]
         for name, layer in model.named_modules():
             if name in self.by_outputs or name in self.by_inputs:
                 layer.part_of_rank = self._part_of_layer(name, layer)

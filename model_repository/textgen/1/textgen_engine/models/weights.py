@@ -298,8 +298,8 @@ def _read_header(path: Path, reader: WeightReader | None) -> list[StoredTensor]:
 class WeightHooks:
     """What may change a model on its way into memory; this one changes nothing.
 
-    Called in this order: `prepare` once, `select` for each stored tensor, then for each parameter of the model in turn
-    `wants` and, if that says so, `convert`.
+    Called in this order: `prepare` once, `takes` for each stored tensor and `select` for those not taken, then for each
+    parameter of the model in turn `wants` and, if that says so, `convert`, and in the end `complete`.
     """
 
     def prepare(self, model: torch.nn.Module) -> None:
@@ -308,6 +308,10 @@ class WeightHooks:
     def name_in_model(self, name: str) -> str:
         """What the model knows the checkpoint's tensor `name` by, before transformers renames it."""
         return name
+
+    def takes(self, tensor: StoredTensor) -> bool:
+        """Whether transformers is not to see this tensor, which `complete` reads."""
+        return False
 
     def select(self, tensor: StoredTensor) -> StoredTensor | StoredParts:
         """The part of a stored tensor that is to be read; its name is the checkpoint's."""
@@ -321,10 +325,17 @@ class WeightHooks:
         """What the model gets in place of `tensor`: full names of its parameters and buffers, and their values."""
         raise NotImplementedError
 
+    def complete(self, model: torch.nn.Module, device: torch.device) -> None:
+        """Read what was taken. The reader is still open."""
+
 
 def stored_tensors(reader: WeightReader, hooks: WeightHooks) -> dict[str, Any]:
     """The reader's tensors as a state dict whose values are read when transformers takes them."""
-    return {hooks.name_in_model(name): hooks.select(tensor) for name, tensor in reader.tensors.items()}
+    return {
+        hooks.name_in_model(name): hooks.select(tensor)
+        for name, tensor in reader.tensors.items()
+        if not hooks.takes(tensor)
+    }
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Chooses the method that an option or a checkpoint asks for, and applies it while weights are read.
 
-Linear layers are quantized, and experts when that is done at load. Embeddings, the LM head, norms and the routers of
+Linear layers and experts are quantized. Embeddings, the LM head, norms and the routers of
 experts (left out by their size) stay as they are.
 """
 
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from textgen_engine.errors import ModelLoadError
 from textgen_engine.kernels.cpu import CpuKernels
@@ -21,13 +23,19 @@ from textgen_engine.models.quantization.bitsandbytes_4bit import TABLES, FourBit
 from textgen_engine.models.quantization.bitsandbytes_stored import BitsAndBytes
 from textgen_engine.models.quantization.compressed_tensors import CompressedTensors
 from textgen_engine.models.quantization.eetq import WeightOnlyInt8
-from textgen_engine.models.quantization.experts import PROJECTIONS, QuantizedExperts, quantized_experts
+from textgen_engine.models.quantization.experts import (
+    PROJECTIONS,
+    STORED_NAMES,
+    QuantizedExperts,
+    StoredExperts,
+    quantized_experts,
+)
 from textgen_engine.models.quantization.fp8 import Fp8AtLoad, Fp8Checkpoint
 from textgen_engine.models.quantization.gptq import Gptq
 from textgen_engine.models.quantization.int8 import Int8
 from textgen_engine.models.quantization.linear import QuantizedLinear
 from textgen_engine.models.quantization.method import LoadMethod, Method, StoredLinear, StoredMethod
-from textgen_engine.models.weights import WeightHooks
+from textgen_engine.models.weights import StoredTensor, WeightHooks
 
 _STORED: dict[str, Callable[[dict[str, Any], Mapping[str, tuple[int, ...]]], Method]] = {
     "gptq": Gptq,
@@ -40,6 +48,8 @@ _STORED: dict[str, Callable[[dict[str, Any], Mapping[str, tuple[int, ...]]], Met
 _OLD_FILES = {"gptq": "quantize_config.json", "awq": "quant_config.json"}
 # Fewer outputs than this are a router's or a gate's: nothing to gain, much to lose.
 _LEAST_OUTPUTS = 16
+# A tensor of one projection of one expert: the experts' module, the expert, the projection, the rest of the name.
+_OF_AN_EXPERT = re.compile(rf"(.+)\.(\d+)\.({'|'.join(name for names in STORED_NAMES for name in names)})\.(.+)")
 
 
 def checkpoint_settings(folder: Path, hf_config: Any) -> dict[str, Any] | None:
@@ -98,8 +108,18 @@ def _names_of(method: str, settings: dict[str, Any]) -> set[str]:
 class QuantizationHooks(WeightHooks):
     """Applies one method to a model. num_quantized: weights of the layers that `prepare` last replaced."""
 
-    def __init__(self, method: Method, kernels: CpuKernels | None, settings: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        method: Method,
+        kernels: CpuKernels | None,
+        settings: dict[str, Any] | None = None,
+        stored: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        """settings: the checkpoint's own. stored: its tensors."""
         self.method = method
+        self._stored = stored or {}
+        self._of_experts: dict[str, tuple[str, str]] = {}  # a stored tensor -> its layer's prefix, its own name there
+        self._taken: dict[str, dict[str, StoredTensor]] = {}
         self._kernels = kernels
         settings = settings or {}
         kept = settings.get("modules_to_not_convert") or settings.get("ignore") or []
@@ -115,9 +135,14 @@ class QuantizationHooks(WeightHooks):
         named = dict(model.named_modules())
         num_layers = num_replaced = self.num_quantized = 0
         num_experts = 0
+        stored_experts = self._stored_experts(model)
         for name, linear in named.items():
-            experts = quantized_experts(linear, self.method) if isinstance(self.method, LoadMethod) else None
-            if experts is not None and not self._is_named(name):
+            experts: QuantizedExperts | StoredExperts | None = None
+            if isinstance(self.method, LoadMethod) and not self._is_named(name):
+                experts = quantized_experts(linear, self.method)
+            elif isinstance(self.method, StoredMethod) and name in stored_experts:
+                experts = StoredExperts(linear, self.method, name, stored_experts[name])
+            if experts is not None:
                 parent, _, attribute = name.rpartition(".")
                 setattr(named[parent] if parent else model, attribute, experts)
                 num_experts += 1
@@ -143,6 +168,33 @@ class QuantizationHooks(WeightHooks):
             f"weights), LM head and embeddings as they are"
         )
 
+    def _stored_experts(self, model: Any) -> dict[str, dict[tuple[int, str], str]]:
+        """For modules whose experts the checkpoint has quantized, one by one: the prefix of each one's tensors, by
+        expert and projection. Raises ModelLoadError for such that are joined in the checkpoint, too."""
+        found: dict[str, dict[tuple[int, str], str]] = {}
+        self._of_experts = {}
+        if not isinstance(self.method, StoredMethod):
+            return found
+        modules = {name for name, module in model.named_modules() if hasattr(module, PROJECTIONS[0])}
+        transforms = get_model_conversion_mapping(model) if modules else []
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        for stored in self._stored if modules else ():
+            name, _ = rename_source_key(stored, renamings, [])
+            parts = _OF_AN_EXPERT.fullmatch(name)
+            if parts is not None and parts[1] in modules:
+                prefix = stored.removesuffix(f".{parts[4]}")
+                found.setdefault(parts[1], {})[int(parts[2]), parts[3]] = prefix
+                _, _, attribute = self.method.stored_name(f"layer.{parts[4]}").rpartition(".")
+                self._of_experts[stored] = prefix, attribute
+            owner, mark, suffix = name.rpartition(f".{PROJECTIONS[0]}_")
+            if owner in modules and mark and not suffix.startswith("bias"):
+                raise ModelLoadError(f"{stored}: experts whose {self.method.name} weights are joined are not served")
+        plain = {prefix for prefix, _ in self._of_experts.values()}
+        plain -= {prefix for prefix, attribute in self._of_experts.values() if attribute not in ("weight", "bias")}
+        self._of_experts = {name: pair for name, pair in self._of_experts.items() if pair[0] not in plain}
+        quantized = {name for name, prefixes in found.items() if not plain.issuperset(prefixes.values())}
+        return {name: prefixes for name, prefixes in found.items() if name in quantized}
+
     def _is_kept(self, name: str, linear: torch.nn.Linear) -> bool:
         if isinstance(self.method, LoadMethod) and linear.out_features < _LEAST_OUTPUTS:
             return True
@@ -151,6 +203,20 @@ class QuantizationHooks(WeightHooks):
     def _is_named(self, name: str) -> bool:
         """Whether the checkpoint's settings say that this module is not to be quantized."""
         return any(re.fullmatch(rf"(.*\.)?{pattern}(\..*)?", name) for pattern in self._kept)
+
+    def takes(self, tensor: StoredTensor) -> bool:
+        if tensor.name not in self._of_experts:
+            return False
+        prefix, attribute = self._of_experts[tensor.name]
+        self._taken.setdefault(prefix, {})[attribute] = tensor
+        return True
+
+    def complete(self, model: torch.nn.Module, device: torch.device) -> None:
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, StoredExperts):
+                    setattr(module, name, child.read(self._taken, device))
+        self._taken.clear()
 
     def name_in_model(self, name: str) -> str:
         return self.method.stored_name(name) if isinstance(self.method, StoredMethod) else name
@@ -192,10 +258,8 @@ class QuantizationHooks(WeightHooks):
         was done."""
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
-                if isinstance(child, StoredLinear):
+                if isinstance(child, (StoredLinear, QuantizedExperts)):
                     setattr(module, name, child.finished())
-            if isinstance(module, QuantizedExperts):
-                module.finish(self._kernels)
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.kernels = self._kernels
