@@ -13,65 +13,88 @@ enum Code : int64_t { kInt8 = 0, kNibble = 1, kFloat8 = 2 };
 
 typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
-// Both decoders turn kLanes weights, beginning with weight k (a multiple of kLanes) of a row, into floats.
+// Rows are read in chunks of 32 weights. Each decoder turns kLanes weights of a row into floats, those that begin with
+// number `place` (a multiple of kLanes) of the chunk that begins with weight k; they are kUnit times too small.
+constexpr int64_t kChunk = 32;
 
 struct Int8Decoder {
+    static constexpr float kUnit = 1.0f;
     static int64_t row_bytes(int64_t depth) { return depth; }
     static void prepare(const float*) {}
-    static Vector decode(const uint8_t* row, int64_t k) {
-        return __builtin_convertvector(*reinterpret_cast<const Bytes*>(row + k), Vector);
+    static Vector decode(const uint8_t* row, int64_t k, int place) {
+#if defined(__AVX512F__)  // which compilers do not make of the generic form
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + k + place));
+        return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#elif defined(__AVX2__)
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + k + place));
+        return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#else
+        return __builtin_convertvector(*reinterpret_cast<const Bytes*>(row + k + place), Vector);
+#endif
     }
 };
 
 // Half bytes in chunks of 32: byte i holds weight i in its low half and weight 16 + i in its high half.
 struct NibbleDecoder {
-    static constexpr int64_t kChunk = 32;
+    static constexpr float kUnit = 1.0f;
     static int64_t row_bytes(int64_t depth) { return depth / 2; }
     Vector low, high;  // the table; `high` is used where a vector holds only half of it
     void prepare(const float* table) {
         low = load(table);
         if (kLanes < 16) high = load(table + 16 - kLanes);
     }
-    Vector decode(const uint8_t* row, int64_t k) const {
-        const uint8_t* bytes = row + k / kChunk * 16 + k % 16;
-        const int shift = k % kChunk < 16 ? 0 : 4;
+    Vector decode(const uint8_t* row, int64_t k, int place) const {
+        const uint8_t* bytes = row + k / 2 + place % 16;
+        const int shift = place < 16 ? 0 : 4;
+#if defined(__AVX512F__)
+        const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+        const __m512i index = shift ? _mm512_srli_epi32(wide, 4) : wide;  // whose upper bits are not looked at
+        return (Vector)_mm512_permutexvar_ps(index, (__m512)low);
+#else
         typedef uint8_t Codes __attribute__((vector_size(kLanes), aligned(1), may_alias));
         const Integers index =
             __builtin_convertvector((*reinterpret_cast<const Codes*>(bytes) >> shift) & 15, Integers);
         if constexpr (kLanes == 16) return __builtin_shuffle(low, index);
         return __builtin_shuffle(low, high, index);
+#endif
     }
 };
 
 // Floats of 4 exponent and 3 mantissa bits: moved into the place of a half float's bits they are 256 times too small.
 struct Float8Decoder {
+    static constexpr float kUnit = 256.0f;
     static int64_t row_bytes(int64_t depth) { return depth; }
     static void prepare(const float*) {}
-    static Vector decode(const uint8_t* row, int64_t k) {
+    static Vector decode(const uint8_t* row, int64_t k, int place) {
+#if defined(__AVX512F__)
+        const __m256i wide =
+            _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + k + place)));
+        // Widened with its sign, which then stands in the place where a half float has it.
+        return (Vector)_mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(0x3f80)) |
+                                       _mm256_and_si256(wide, _mm256_set1_epi16(static_cast<int16_t>(0x8000))));
+#else
         typedef uint8_t Raw __attribute__((vector_size(kLanes), aligned(1), may_alias));
         typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
-        const Halves wide = __builtin_convertvector(*reinterpret_cast<const Raw*>(row + k), Halves);
+        const Halves wide = __builtin_convertvector(*reinterpret_cast<const Raw*>(row + k + place), Halves);
         const Halves half = ((wide & 0x80) << 8) | ((wide & 0x7f) << 7);
-#if defined(__AVX512F__)
-        const Vector value = reinterpret_cast<const Vector&>(static_cast<const __m512&>(
-            _mm512_cvtph_ps(reinterpret_cast<const __m256i&>(half))));
-#elif defined(__F16C__)
-        const Vector value = reinterpret_cast<const Vector&>(static_cast<const __m256&>(
+        Vector value;
+#if defined(__F16C__)
+        value = reinterpret_cast<const Vector&>(static_cast<const __m256&>(
             _mm256_cvtph_ps(reinterpret_cast<const __m128i&>(half))));
 #else
-        Vector value;
         for (int lane = 0; lane < kLanes; ++lane) {
             const int bits = half[lane] & 0x7fff, exponent = bits >> 10, mantissa = bits & 1023;
             const float size = exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
             value[lane] = half[lane] & 0x8000 ? -size : size;
         }
 #endif
-        return value * 256.0f;
+        return value;
+#endif
     }
 };
 
 // out[r][o] = sum over groups g of (x[r] . codes[o] within g) * scale[o][g] + offset[o][g] * (sum of x[r] within g).
-// `depth` and `group` are multiples of 16 (of 32 for half bytes).
+// `depth` and `group` are multiples of kChunk.
 template <class Decoder, int R, int O>
 void coded_tile(const Decoder& decoder, const float* x, const uint8_t* weight, const float* scales,
                 const float* offsets, const float* bias, float* out, int64_t depth, int64_t group, int64_t stride) {
@@ -81,15 +104,19 @@ void coded_tile(const Decoder& decoder, const float* x, const uint8_t* weight, c
         const int64_t end = (g + 1) * group;
         float scale[O], offset[O];
         for (int o = 0; o < O; ++o) {
-            scale[o] = scales[o * num_groups + g];
+            scale[o] = scales[o * num_groups + g] * Decoder::kUnit;
             offset[o] = offsets ? offsets[o * num_groups + g] : 0.0f;
         }
-        for (int64_t k = g * group; k < end; k += kLanes) {
-            Vector w[O];
-            for (int o = 0; o < O; ++o) w[o] = decoder.decode(weight + o * row_bytes, k) * scale[o] + offset[o];
-            for (int r = 0; r < R; ++r) {
-                const Vector row = load(x + r * depth + k);
-                for (int o = 0; o < O; ++o) acc[r][o] += row * w[o];
+        for (int64_t k = g * group; k < end; k += kChunk) {
+#pragma GCC unroll 4
+            for (int place = 0; place < kChunk; place += kLanes) {
+                Vector w[O];
+                for (int o = 0; o < O; ++o)
+                    w[o] = decoder.decode(weight + o * row_bytes, k, place) * scale[o] + offset[o];
+                for (int r = 0; r < R; ++r) {
+                    const Vector row = load(x + r * depth + k + place);
+                    for (int o = 0; o < O; ++o) acc[r][o] += row * w[o];
+                }
             }
         }
     }
@@ -97,7 +124,10 @@ void coded_tile(const Decoder& decoder, const float* x, const uint8_t* weight, c
         for (int o = 0; o < O; ++o) out[r * stride + o] = sum(acc[r][o]) + (bias ? bias[o] : 0.0f);
 }
 
-template <class Decoder, int O, int R = kTileRows>
+// Rows that share a decoded weight: with two outputs, half of AVX-512's registers.
+constexpr int kCodedRows = kLanes == 16 ? 8 : 3;
+
+template <class Decoder, int O, int R = kCodedRows>
 void coded_rows(int rows, const Decoder& decoder, const float* x, const uint8_t* w, const float* s, const float* z,
                 const float* b, float* out, int64_t depth, int64_t group, int64_t stride) {
     if constexpr (R > 1) {
@@ -114,7 +144,7 @@ void coded_linear(Pool* pool, const float* table, const float* x, const uint8_t*
     Decoder decoder;
     decoder.prepare(table);
     const int64_t num_groups = depth / group, row_bytes = Decoder::row_bytes(depth);
-    const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
+    const int64_t num_tiles = (num_rows + kCodedRows - 1) / kCodedRows;
     by_pieces(pool, num_outputs, [&](int64_t begin, int64_t end) {
         for (int64_t o = begin; o < end;) {
             const bool pair = o + 2 <= end;
