@@ -6,7 +6,10 @@
    engine's decode step with that many free sequences. Of lm-format-enforcer, which computes in processes of its own, as
    many as the server allows at once. What is filled in must be ready first: the time for that, from a token on, is
    given too. A step does not wait for it; the sequences whose masks are not ready do.
-2. Arrivals: the gaps between the tokens of one running stream, alone, beside 64 requests that share one schema, and
+2. What a step loses: masks are filled while the forward pass runs, on the same cores. So `--batch` sequences are run
+   free and under one schema (the default backend), taking turns, and the times from step to step are compared. Forced
+   tokens are switched off, so that both do the same forward passes.
+3. Arrivals: the gaps between the tokens of one running stream, alone, beside 64 requests that share one schema, and
    beside 64 with a schema each (never seen before). The second is the fair comparison: those requests cost forward
    passes either way, and what is left is the compilation.
 
@@ -15,6 +18,7 @@ The engine runs in this process, without Triton. Numbers are ratios within one r
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -23,6 +27,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +48,7 @@ from textgen_engine.request import GenerationRequest, StoppingParams
 _TEXT = '{"first_name": "Ada", "age": 36, "tags": ["mathematics", "poe'
 _LIMITS = GrammarLimits()
 _NUM_STEPS, _NUM_ROUNDS = 12, 3  # few enough steps for every text to be unfinished after them
+_NUM_TOKENS, _NUM_TURNS = 40, 4  # of a sequence in the second part
 
 
 def _schema(number: int) -> dict[str, Any]:
@@ -64,13 +70,17 @@ class _Recorder:
     def __init__(self) -> None:
         self.token_times: dict[str, list[float]] = {}
         self.step_times: list[tuple[int, float]] = []
+        self.step_ends: list[tuple[int, float]] = []  # sequences, and when; a step with a prompt in it: 0 sequences
         self.finished = threading.Condition()
         self.num_finished = 0
 
     def __call__(self, report: StepReport) -> None:
         now = time.perf_counter()
-        if report.metrics is not None and report.metrics.batch_size and not report.metrics.num_prefill_tokens:
-            self.step_times.append((report.metrics.batch_size, report.metrics.step_s))
+        if report.metrics is not None and report.metrics.batch_size:
+            is_decode = not report.metrics.num_prefill_tokens
+            self.step_ends.append((report.metrics.batch_size if is_decode else 0, now))
+            if is_decode:
+                self.step_times.append((report.metrics.batch_size, report.metrics.step_s))
         with self.finished:
             for output in report.outputs:
                 if output.error is not None:
@@ -95,15 +105,55 @@ def _request(name: str, prompt: list[int], num_tokens: int, schema: dict[str, An
     )
 
 
+def _what_steps_lose(config: EngineConfig, batch: int) -> dict[str, Any]:
+    """From step to step, in ms, with `batch` free sequences and with as many under a schema."""
+    recorder = _Recorder()
+    grammar = dataclasses.replace(config.grammar, jump_forward=False)
+    engine = Engine(dataclasses.replace(config, grammar=grammar), recorder)
+    thread = threading.Thread(target=engine.run)
+    thread.start()
+    schema = {"type": "array", "items": _schema(0), "minItems": 50}
+    turns: dict[str, list[list[float]]] = {"free": [], "constrained": []}
+    try:
+        for turn in range(_NUM_TURNS + 1):  # the first warms up
+            for index, kind in enumerate(turns):
+                begin = len(recorder.step_ends)
+                for number in range(batch):
+                    prompt = [*range(1000, 1032), number]
+                    wanted = schema if kind == "constrained" else None
+                    engine.submit(_request(f"{kind} {turn} {number}", prompt, _NUM_TOKENS, wanted))
+                recorder.wait((2 * turn + index + 1) * batch)
+                ends = recorder.step_ends[begin:]
+                gaps = [
+                    (b - a) * 1e3
+                    for (size, a), (next_size, b) in itertools.pairwise(ends)
+                    if size == next_size == batch
+                ]
+                if turn:
+                    turns[kind].append(gaps)
+    finally:
+        engine.stop()
+        thread.join()
+    ratios = [
+        statistics.median(constrained) / statistics.median(free)
+        for constrained, free in zip(turns["constrained"], turns["free"], strict=True)
+    ]
+    return {
+        **{kind: _quantiles([gap for gaps in found for gap in gaps]) for kind, found in turns.items()},
+        "ratios": [round(ratio, 4) for ratio in ratios],
+        "ratio": round(statistics.median(ratios), 4),
+    }
+
+
 def _mask_costs(
-    tokenizer: Any, config: EngineConfig, eos_ids: frozenset[int], width: int, batch: int
+    tokenizer: Any, names: Sequence[str], eos_ids: frozenset[int], width: int, batch: int
 ) -> dict[str, Any]:
     costs: dict[str, Any] = {}
     prefix = tokenizer.encode(_TEXT, add_special_tokens=False)
     # Two letters at a time: however they follow each other, the text stays inside of its string.
     words = [tokenizer.encode(a + b, add_special_tokens=False) for a in "aeiou" for b in "lmnrst"]
     letters = [ids[0] for ids in words if len(ids) == 1]
-    for name in config.grammar.backends:
+    for name in names:
         compiler = GrammarCompiler(tokenizer, vocab_size=width, eos_token_ids=eos_ids, backends=(name,))
         num_texts = min(batch, _LIMITS.max_worker_matchers) if name == "lmfe" else batch
         try:
@@ -188,8 +238,13 @@ def _gaps(times: list[float]) -> dict[str, float]:
 @click.option("--batch", default=32, show_default=True)
 @click.option("--tokens", default=160, show_default=True, help="length of the running stream")
 @click.option("--arrivals/--no-arrivals", default=True, show_default=True, help="measure the second part, too")
+@click.option("--losses/--no-losses", default=True, show_default=True, help="measure what a step loses, too")
+@click.option("--masks/--no-masks", default=True, show_default=True, help="measure the masks, too")
+@click.option("--backends", default="", help="those whose masks are measured, with commas; all without it")
 @click.option("--output", type=Path, default=None, help="JSON file for the numbers")
-def main(model: str, batch: int, tokens: int, arrivals: bool, output: Path | None) -> None:
+def main(
+    model: str, batch: int, tokens: int, arrivals: bool, losses: bool, masks: bool, backends: str, output: Path | None
+) -> None:
     """Measure and print; see the module's docstring."""
     options = {"model_id": model, "max_total_tokens": "1024", "max_batch_total_tokens": "65536"}
     config = build_config(options, {})
@@ -222,13 +277,17 @@ def main(model: str, batch: int, tokens: int, arrivals: bool, output: Path | Non
     finally:
         engine.stop()
         thread.join()
-    from transformers import AutoTokenizer
+    if losses:
+        results["free and constrained steps"] = _what_steps_lose(config, batch)
+    if masks:
+        from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    results["masks"] = _mask_costs(tokenizer, config, engine.info.eos_token_ids, engine.info.vocab_size, batch)
-    for cost in results["masks"].values():
-        if isinstance(cost, dict):
-            cost["share_of_step"] = cost["quarter_ms"] / results["decode_step"]["quarter_ms"]
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        names = tuple(filter(None, backends.split(","))) or config.grammar.backends
+        results["masks"] = _mask_costs(tokenizer, names, engine.info.eos_token_ids, engine.info.vocab_size, batch)
+        for cost in results["masks"].values():
+            if isinstance(cost, dict):
+                cost["share_of_step"] = cost["median_ms"] / results["decode_step"]["median_ms"]
     text = json.dumps(results, indent=2)
     print(text)
     if output is not None:

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from textgen_engine.errors import GrammarError, RequestError, Unsupported
+from textgen_engine.grammar import llguidance_backend
+from textgen_engine.grammar.compiler import load_backend
 from textgen_engine.grammar.masks import MaskFiller
-from textgen_engine.grammar.vocabulary import unpack_bits
+from textgen_engine.grammar.vocabulary import Vocabulary, unpack_bits
 
 END, STOP = 0, 2
 PERSON = {
@@ -369,3 +372,32 @@ def test_random_walks_stay_inside_the_grammar(walker) -> None:
             assert isinstance(value["age"], int)
         matcher.close()
     assert finished
+
+
+def test_sets_of_tokens_change_no_mask(llguidance_walker, vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In strings of bounded length tokens are allowed in sets; one by one the rows are the same."""
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 14}, "note": {"type": "string", "minLength": 3}},
+        "additionalProperties": False,
+    }
+    text = '{"name": "the quick x\\n", "note": "jumps over"}'
+    rows = []
+    for slices in (llguidance_backend._SLICES, []):
+        monkeypatch.setattr(llguidance_backend, "_SLICES", slices)
+        backend = load_backend("llguidance", vocabulary, llguidance_walker.limits)
+        walker = type(llguidance_walker)(llguidance_walker.tokenizer, vocabulary, llguidance_walker.limits, backend)
+        matcher = walker.compile({"type": "json", "value": schema}).matcher()
+        found = []
+        for token_id in walker.ids(text):
+            found.append(walker.row(matcher))
+            assert matcher.advance([token_id]) == 1
+        rows.append(found)
+        backend.close()
+    np.testing.assert_array_equal(*rows)
+
+
+def test_gaps_between_ids_are_no_text() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 40}, unk_token="a"))
+    vocabulary = Vocabulary.from_tokenizer(tokenizer, vocab_size=64, eos_token_ids=[1])
+    assert np.flatnonzero(unpack_bits(vocabulary.text_row)).tolist() == [0, 40]

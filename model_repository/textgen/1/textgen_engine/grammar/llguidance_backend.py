@@ -30,6 +30,12 @@ BOUNDED_WHITESPACE = r"( ?|\n[ \t]{0,32})"
 # The library's own, for whitespace_flexible: two ways to say it would be two kinds of blanks.
 FLEXIBLE_WHITESPACE = r"[\x20\x0A\x0D\x09]+"
 
+# Tokens of so many ordinary characters, in sets that the library allows or leaves out as a whole. Its own sets (10 and
+# 30 characters) leave thousands of tokens to be walked one by one in a string that may still have 10 to 30 characters:
+# a mask took eight times as long there. What they allow is the same.
+_ORDINARY = r'[^"\\\x00-\x1F\x7F]'
+_SLICES = [*(f"{_ORDINARY}{{1,{most}}}" for most in (3, 6, 10, 16)), f"{_ORDINARY}+"]
+
 # One compiled grammar holds its text several times over (AST, symbols, lexer) beside lazily built lexer states.
 _BYTES_PER_GRAMMAR_BYTE = 32
 _BYTES_PER_GRAMMAR = 64 * 1024
@@ -59,7 +65,10 @@ class LlguidanceBackend:
         self._vocabulary = vocabulary
         self._limits = limits
         self._tokenizer = llguidance.LLTokenizer(
-            vocabulary.tokenizer_json, n_vocab=vocabulary.width, eos_token=list(vocabulary.eos_token_ids)
+            vocabulary.tokenizer_json,
+            n_vocab=vocabulary.width,
+            eos_token=list(vocabulary.eos_token_ids),
+            slices=_SLICES,
         )
         self._parser_limits = llguidance.LLParserLimits(verbose_errors=False)
         self._executor = llguidance.LLExecutor(num_threads)

@@ -22,13 +22,15 @@ from textgen_engine.grammar.base import MaskRow
 class Vocabulary:
     """One tokenizer beside one model.
 
-    vocab_size: width of the model's logits. num_tokens: ids the tokenizer knows (more or fewer than vocab_size).
+    vocab_size: width of the model's logits. num_tokens: ids the tokenizer knows (more or fewer than vocab_size), with
+    the gap_token_ids among them, which no token has.
     special_token_ids: never part of a text. eos_token_ids: every id that ends one, sorted.
     tokenizer_json: the `tokenizers` library's own serialisation, padding and truncation off.
     """
 
     vocab_size: int
     num_tokens: int
+    gap_token_ids: frozenset[int]
     eos_token_ids: tuple[int, ...]
     special_token_ids: frozenset[int]
     tokenizer_json: str
@@ -53,7 +55,8 @@ class Vocabulary:
             raise ModelLoadError("grammar-constrained generation needs a fast tokenizer (tokenizer.json)")
         state = json.loads(fast.to_str())
         state["padding"] = state["truncation"] = None
-        num_tokens = max(fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        known = set(fast.get_vocab(with_added_tokens=True).values())
+        num_tokens = max(known, default=-1) + 1
         eos = tuple(sorted({int(i) for i in eos_token_ids}))
         if not eos:
             raise ModelLoadError("grammar-constrained generation needs an end-of-sequence token")
@@ -61,7 +64,8 @@ class Vocabulary:
         special.update(int(i) for i in getattr(tokenizer, "all_special_ids", ()))
         special.update(int(i) for i in control_token_ids)
         special.update(eos)
-        return cls(vocab_size, num_tokens, eos, frozenset(special), json.dumps(state, ensure_ascii=False))
+        gaps = frozenset(range(num_tokens)) - known
+        return cls(vocab_size, num_tokens, gaps, eos, frozenset(special), json.dumps(state, ensure_ascii=False))
 
     @property
     def width(self) -> int:
@@ -75,13 +79,13 @@ class Vocabulary:
 
     @cached_property
     def text_row(self) -> MaskRow:
-        """int32 [num_words]: the tokens that stand for text; special tokens, unknown ids and id >= vocab_size are 0."""
+        """int32 [num_words]: the tokens that stand for text; special tokens, unknown ids and id >= vocab_size are 0.
+
+        First asked for in the middle of a step, for which it must be cheap: it does not read `token_bytes`.
+        """
         allowed = np.zeros(self.num_words * 32, dtype=np.uint8)
         allowed[: min(self.num_tokens, self.vocab_size)] = 1
-        allowed[[i for i in self.special_token_ids if i < allowed.size]] = 0
-        for token_id, text in enumerate(self.token_bytes):
-            if text is None:  # a gap between the ids
-                allowed[token_id] = 0
+        allowed[[i for i in self.special_token_ids | self.gap_token_ids if i < allowed.size]] = 0
         return pack_bits(allowed)
 
     @cached_property
