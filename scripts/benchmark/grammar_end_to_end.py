@@ -5,7 +5,8 @@
 
 FOLDER holds schemas.jsonl and regexes.jsonl, as grammar_conformance.py reads them. Schemas are taken in the order of a
 hash of their ids until so many gave a finished text; regexes are taken all. A finished text must parse and be valid by
-the jsonschema package (in the schema's own dialect), or match by re.fullmatch. Writes grammar_end_to_end.json and .md:
+the jsonschema package (in the schema's own dialect), or match by re.fullmatch (by regex.fullmatch where Python's re
+cannot read the pattern). Writes grammar_end_to_end.json and .md:
 figures, and the ids of what went wrong; no schema and no text. The exit status is 1 if anything did.
 """
 
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import regex  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "client"), str(ROOT / "scripts")]
@@ -37,7 +39,7 @@ from textgen_client import Client, TextgenError, ValidationError  # noqa: E402
 Json = dict[str, Any]
 
 # How a case ended; what is written in capitals is wrong. `cut`: the text reached its length before its grammar was
-# complete. `unchecked`: the checker cannot read the schema or the pattern (Python's re knows no \p).
+# complete. `unchecked`: the checker cannot read the schema or the pattern.
 OUTCOMES = ("valid", "refused", "cut", "unchecked", "INVALID", "ACCEPTED", "FAILED")
 JUDGED = ("valid", "INVALID")
 HEADINGS = {
@@ -166,7 +168,10 @@ def fault_of(case: Json, text: str) -> str:
     """What is wrong with a finished text; empty where nothing is. Kept free of the text and the schema. Raises what the
     checker raises."""
     if case["kind"] == "regex":
-        return "" if re.fullmatch(case["pattern"], text) else "re.fullmatch does not accept it"
+        try:
+            return "" if re.fullmatch(case["pattern"], text) else "re.fullmatch does not accept it"
+        except re.error:  # it knows no \p{...}
+            return "" if regex.fullmatch(case["pattern"], text) else "regex.fullmatch does not accept it"
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -204,7 +209,7 @@ def markdown(report: Json) -> str:
     lines = [
         "# Sampled texts against their grammars, through a server",
         "",
-        "Every finished text was checked with the jsonschema package or `re.fullmatch`. "
+        "Every finished text was checked with the jsonschema package or `re.fullmatch` (`regex.fullmatch` for `\\p`). "
         f"{report['model']}, temperature {report['temperature']:g}, seed {report['seed']}, at most "
         f"{report['max_new_tokens']} tokens, {report['concurrency']} requests at a time; "
         f"{report['machine']}, {report['date']}.",
