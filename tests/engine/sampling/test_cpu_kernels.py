@@ -8,6 +8,7 @@ import torch
 from textgen_engine.kernels.cpu import CpuKernels, load_kernels
 from textgen_engine.sampling import randomness
 from textgen_engine.sampling.filters import largest
+from textgen_engine.sampling.masks import GrammarRows, MaskApplier
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +59,19 @@ def test_the_finalists_of_the_race(kernels: CpuKernels, size: int) -> None:
     # The noise itself, to float32's precision, through the scores' order on equal logits.
     flat = kernels.finalists(torch.zeros_like(logits), torch.zeros_like(top), torch.ones_like(top), hashes, keys, 8)
     assert torch.equal(flat[:, 0], noise.argmax(-1))
+
+
+@pytest.mark.parametrize(("size", "num_words"), [(5, 1), (32, 1), (389, 13), (450, 13), (5000, 157), (400, 15)])
+@pytest.mark.parametrize("share", [0.02, 0.98])
+def test_what_a_grammar_forbids(kernels: CpuKernels, size: int, num_words: int, share: float) -> None:
+    """Words that allow all, some and nothing; the last one in part; more words than tokens and fewer; strided rows."""
+    generator = torch.Generator().manual_seed(size)
+    allowed = torch.rand(3, num_words, 32, generator=generator) < share
+    allowed[:, ::3] = share > 0.5
+    bits = (allowed.long() << torch.arange(32)).sum(-1).to(torch.int32)
+    wide = torch.randn(6, size + 3, generator=generator)
+    expected = wide.clone()
+    mask = GrammarRows(torch.tensor([4, 0, 3]), bits)
+    MaskApplier(torch.device("cpu")).apply(expected[:, :size], mask)
+    MaskApplier(torch.device("cpu"), kernels).apply(wide[:, :size], mask)
+    assert torch.equal(wide, expected)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 _INCLUDED = tuple(
-    Path(__file__).with_name(name) for name in ("linear_kernels.h", "attention_kernels.h", "quantized_kernels.h")
+    Path(__file__).with_name(f"{name}_kernels.h") for name in ("linear", "attention", "sampling", "quantized")
 )
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno")
 _COMPILE_TIMEOUT_S = 120
@@ -61,7 +61,9 @@ class CpuKernels:
         self._largest, self._finalists = library.textgen_largest, library.textgen_finalists
         self._largest.argtypes = _types("ppippiii")
         self._finalists.argtypes = _types("ppipppppiii")
-        self._largest.restype = self._finalists.restype = None
+        self._forbid = library.textgen_forbid
+        self._forbid.argtypes = _types("ppippiii")
+        self._largest.restype = self._finalists.restype = self._forbid.restype = None
         for function in (self._pack, self._take, self._linear, self._attend, self._layer):
             function.restype = None
         self._coded_linear = library.textgen_coded_linear
@@ -229,6 +231,18 @@ class CpuKernels:
             *(num_rows, size, count),
         )
         return ids
+
+    def forbid(self, logits: torch.Tensor, row_ids: torch.Tensor, bits: torch.Tensor) -> None:
+        """sampling.masks.MaskApplier.apply: -inf in logits float32 [n, vocab], in place, wherever a row of row_ids
+        int64 [k] has no bit in bits int32 [k, num_words]."""
+        assert logits.dtype is torch.float32 and logits.stride(1) == 1
+        assert row_ids.dtype is torch.int64 and bits.dtype is torch.int32 and len(row_ids) == len(bits)
+        row_ids, bits = row_ids.contiguous(), bits.contiguous()
+        self._forbid(
+            self._pool,
+            *(logits.data_ptr(), logits.stride(0), row_ids.data_ptr(), bits.data_ptr()),
+            *(bits.shape[1], len(row_ids), logits.shape[1]),
+        )
 
 
 class _Scoring(ctypes.Structure):

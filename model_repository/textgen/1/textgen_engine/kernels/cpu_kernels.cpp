@@ -409,6 +409,14 @@ void textgen_finalists(void* pool, const float* logits, int64_t stride, const fl
     });
 }
 
+// -inf in the logits of `rows` [num_masked], `stride` floats apart, that bits [num_masked, num_words] forbid.
+void textgen_forbid(void* pool, float* logits, int64_t stride, const int64_t* rows, const int32_t* bits,
+                    int64_t num_words, int64_t num_masked, int64_t size) {
+    static_cast<Pool*>(pool)->run(num_masked, [&](int64_t index) {
+        forbid(logits + rows[index] * stride, size, bits + index * num_words, num_words);
+    });
+}
+
 }  // extern "C"
 
 #include "quantized_kernels.h"

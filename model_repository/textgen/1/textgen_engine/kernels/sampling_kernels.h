@@ -1,5 +1,5 @@
-// The two searches of the sampler over whole rows of logits: the largest ones in order, and the finalists of the race.
-// sampling/filters.py and sampling/randomness.py say what they must agree with.
+// What the sampler does over whole rows of logits: the largest ones in order, the finalists of the race, and what a
+// grammar forbids. sampling/filters.py, sampling/randomness.py and sampling/masks.py say what they must agree with.
 
 // Natural logarithm of positive normal numbers, to about an ulp (polynomial of Cephes' logf on [sqrt(1/2), sqrt(2))).
 inline Vector logarithm(Vector x) {
@@ -89,4 +89,22 @@ void find_largest(const float* row, int64_t size, int64_t count, float* values, 
     for (int64_t i = 0; i < num_found; ++i) values[i] = found[i].value, ids[i] = found[i].id;
     for (int64_t i = num_found, id = 0; i < count; ++id)
         if (std::isnan(row[id])) values[i] = row[id], ids[i++] = id;
+}
+
+// -inf in a row of logits where its packed bits (bit j of word w: token 32 w + j) forbid, and beyond the last word.
+void forbid(float* row, int64_t size, const int32_t* bits, int64_t num_words) {
+    const Vector none = Vector{} - std::numeric_limits<float>::infinity();
+    Integers lane_bits = {};
+    for (int64_t i = 0; i < kLanes; ++i) lane_bits[i] = 1 << i;
+    const int64_t num_whole = std::min(num_words, size / 32);
+    for (int64_t word = 0; word < num_whole; ++word) {
+        if (bits[word] == -1) continue;
+        for (int64_t part = 0; part < 32; part += kLanes) {
+            const Integers allowed = (Integers{} + (bits[word] >> part)) & lane_bits;
+            float* from = row + word * 32 + part;
+            put(from, allowed != 0 ? load(from) : none);
+        }
+    }
+    for (int64_t id = num_whole * 32; id < size; ++id)
+        if (id / 32 >= num_words || !(bits[id / 32] >> (id % 32) & 1)) row[id] = none[0];
 }

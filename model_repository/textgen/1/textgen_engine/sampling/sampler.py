@@ -143,7 +143,7 @@ class Sampler:
             watermark_delta=watermark_delta,
             id_hashes=self._id_hashes,
         )
-        self._masks = MaskApplier(device)
+        self._masks = MaskApplier(device, cpu_kernels)
         self._kernels = sampling_kernels(device)
         self._slots: dict[int, _Slot] = {}
         self._plan: _Plan | None = None
