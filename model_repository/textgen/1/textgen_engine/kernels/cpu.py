@@ -9,6 +9,7 @@ with attention/paging.py and attention/sdpa.py, `layer` with models/fusion.py, a
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import itertools
 import logging
@@ -466,7 +467,14 @@ def build() -> Path:
         raise FileNotFoundError("neither g++ nor clang++ is installed")
     try:
         folder.mkdir(exist_ok=True)
-        return _compile(compiler, folder / name)
+        with (folder / ".lock").open("w") as lock:
+            # Of processes that start together (ranks do), one compiles and the others wait for it. The system frees the
+            # lock of one that is killed.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (folder / name).is_file():
+                return folder / name
+            logger.info("compiling the CPU kernels, which this processor has not run before")
+            return _compile(compiler, folder / name)
     except OSError:  # a read-only model repository: for this process alone
         with tempfile.TemporaryDirectory() as temporary:
             library = _compile(compiler, Path(temporary) / name)
@@ -475,7 +483,7 @@ def build() -> Path:
 
 
 def _compile(compiler: str, target: Path) -> Path:
-    """Into a file of its own first: processes that start together may build at the same time."""
+    """Into a file of its own first: the target is whole as soon as it is there."""
     unfinished = target.with_suffix(f".{os.getpid()}")
     command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(unfinished)]
     try:
