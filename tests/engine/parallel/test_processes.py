@@ -10,13 +10,17 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 
 import psutil
 import pytest
 
 from textgen_engine.config import ParallelConfig
-from textgen_engine.errors import EngineFailure
+from textgen_engine.errors import EngineFailure, ModelLoadError, RankFailure
+from textgen_engine.messages import EngineEnd
+from textgen_engine.parallel import group
+from textgen_engine.parallel.launch import RankProcesses
 from textgen_engine.process import EngineClient, EngineState
 
 from ..test_process import LONG, Mailbox, exists, long_request, wait_until
@@ -95,3 +99,29 @@ def test_stopping_ends_every_rank(client: EngineClient) -> None:
     pids = [client.pid, rank_pid(client)]
     client.stop()
     assert not any(exists(pid) for pid in pids if pid is not None)
+
+
+def test_a_rank_that_is_lost_when_all_are_ready_fails_the_start(
+    long_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its part is loaded, the groups are not formed: rank 0 would wait for its address, and notices its end instead."""
+    monkeypatch.setattr(group, "_FORM_S", 2.0)
+    losses: list[str] = []
+    ranks = RankProcesses(make_config(long_model, parallel=ParallelConfig(2, 1, 1.0)), on_loss=losses.append)
+    try:
+        wait_until(lambda: ranks._store.check(["status 1"]), 120)
+        [child] = ranks._children.values()
+        os.kill(child.pid, signal.SIGKILL)
+        with pytest.raises(RankFailure):
+            ranks.join()
+        wait_until(lambda: losses == ["rank 1 of 2, which was killed by SIGKILL"], 10)
+    finally:
+        ranks.close()
+
+
+def test_last_words_of_an_engine_that_was_starting_are_an_error_as_others(long_model: Path) -> None:
+    client = EngineClient(make_config(long_model), lambda report: None)
+    ours, theirs = Pipe()
+    theirs.send(EngineEnd("lost rank 1 of 2, which was killed by SIGKILL"))
+    with pytest.raises(ModelLoadError, match=r"^the engine lost rank 1 of 2, which was killed by SIGKILL$"):
+        client._wait_ready(ours)

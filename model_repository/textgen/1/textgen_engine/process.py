@@ -323,7 +323,7 @@ class EngineClient:
             answer = connection.recv()
             if isinstance(answer, EngineInfo):
                 return answer
-            problem = answer
+            problem = ModelLoadError(f"the engine {answer.reason}") if isinstance(answer, EngineEnd) else answer
         except (EOFError, OSError):
             assert self._process is not None
             code = _wait(self._process)
@@ -458,6 +458,9 @@ def main(file_descriptor: int) -> int:
     def emit(report: StepReport | EngineEnd) -> None:
         send(pickle.dumps(report, protocol=pickle.HIGHEST_PROTOCOL))
 
+    def answer(first: EngineInfo | ModelLoadError | ConfigError) -> None:
+        send(pickle.dumps(first, protocol=pickle.HIGHEST_PROTOCOL))
+
     def send(message: bytes) -> None:
         try:
             with sending:
@@ -475,13 +478,16 @@ def main(file_descriptor: int) -> int:
             ranks = RankProcesses(config, on_loss=lambda loss: end(f"lost {loss}"))
         engine = Engine(config, emit, ranks)
     except (ModelLoadError, ConfigError, RankFailure, MemoryError) as error:
+        reason = str(error)
+        if isinstance(error, MemoryError):
+            reason = "not enough memory to load the model"
+        elif isinstance(error, RankFailure) and ranks is not None:
+            reason = f"the engine lost {ranks.whose_loss() or f'a rank: {error}'}"
         if ranks is not None:
             ranks.close()
-        if isinstance(error, MemoryError):
-            error = ModelLoadError("not enough memory to load the model")
-        connection.send(error if isinstance(error, ConfigError) else ModelLoadError(str(error)))
+        answer(error if isinstance(error, ConfigError) else ModelLoadError(reason))
         return 1
-    connection.send(engine.info)
+    answer(engine.info)
 
     def read() -> None:
         try:

@@ -1,8 +1,8 @@
 """The ranks of one model as torch.distributed process groups: sums and gathers of tensors, and rank 0's messages.
 
-Two groups: one for what layers exchange, with a time-out, so that a rank that hangs is noticed within a bounded time;
-one on which the other ranks wait for rank 0's next step, however long the server is idle. The groups are objects of
-their own, not torch.distributed's global one, so several can live in one process.
+Two groups: one for what layers exchange, one for rank 0's messages. Whatever a rank does in them ends within a bounded
+time when another one hangs, but for one thing: the other ranks wait for rank 0's next message however long the server
+is idle. The groups are objects of their own, not torch.distributed's global one, so several can live in one process.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from textgen_engine.parallel.small_sums import Capability, SmallSums, capability
 # 16 KiB hold a decode step of 32 sequences of 1900 tokens each.
 _FIRST_WORDS = 4096
 _OBJECT, _WORDS = 0, 1
-_IDLE_S = 7 * 86400.0
+_IDLE = timedelta(days=7)
+# Ranks that have loaded their parts find together within a second or two; on a machine that has much else to do, later.
+_FORM_S = 60.0
 
 
 @dataclass
 class Traffic:
-    """What one rank gave to its group since the last `Collectives.take_traffic`, in calls and bytes of payload."""
+    """What one rank gave to its group since the last `Collectives.take_traffic`, in calls and bytes of payload. What a
+    CUDA graph repeats is counted once, when it is captured."""
 
     num_all_reduces: int = 0
     all_reduce_bytes: int = 0
@@ -67,7 +70,7 @@ class Collectives:
         self._timeout = timedelta(seconds=timeout_s)
         self._small_sums: SmallSums | None = None
         try:
-            self._control = _gloo(PrefixStore("control", store), rank, world_size, address, _IDLE_S)
+            self._control = _gloo(PrefixStore("control", store), rank, world_size, address, timeout_s)
             tensors = PrefixStore("tensors", store)
             if device is not None and device.type == "cuda":
                 self._tensors: Any = _nccl(tensors, rank, world_size, timeout_s)
@@ -151,6 +154,13 @@ class Collectives:
             return []
         return [pickle.loads(given.numpy().tobytes()) for given in everyone]
 
+    def agree(self, is_so: bool) -> bool:
+        """Whether every rank says so. Not for every step."""
+        try:
+            return all(answer == b"y" for answer in self._gather_bytes(b"y" if is_so else b"n"))
+        except RuntimeError as error:
+            raise self._failure(error) from error
+
     def take_traffic(self) -> Traffic:
         """What was counted since the last call."""
         taken, self.traffic = self.traffic, Traffic()
@@ -168,11 +178,7 @@ class Collectives:
         capability = own
         for given in flags:
             capability = capability.shared_with(Capability(*(bool(flag) for flag in given)))
-
-        def agree(is_so: bool) -> bool:
-            return all(answer == b"y" for answer in self._gather_bytes(b"y" if is_so else b"n"))
-
-        return join_small_sums(store, self.rank, self.world_size, device, capability, agree)
+        return join_small_sums(store, self.rank, self.world_size, device, capability, self.agree)
 
     def _gather_bytes(self, given: bytes, length: int = 64) -> list[bytes]:
         """On every rank what each gave, by rank: at most `length` bytes."""
@@ -185,10 +191,9 @@ class Collectives:
     def _broadcast(self, tensor: torch.Tensor) -> None:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        if self.rank == 0:
-            # Gloo sends only once the other side waits; one that hangs never will. (The others may wait for long: the
-            # next request may be a week away.)
-            options.timeout = self._timeout
+        # Gloo sends only once the other side waits; one that hangs never will. The others may wait for long: the next
+        # request may be a week away.
+        options.timeout = self._timeout if self.rank == 0 else _IDLE
         try:
             self._control.broadcast([tensor], options).wait()
         except RuntimeError as error:
@@ -204,8 +209,11 @@ class Collectives:
 def _gloo(store: Store, rank: int, world_size: int, address: str, timeout_s: float) -> Any:
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-    options._timeout = timedelta(seconds=timeout_s)
-    return dist.ProcessGroupGloo(store, rank, world_size, options)
+    # For finding together, too: a rank may be lost on its way there, and the others must not wait for it for ever.
+    options._timeout = timedelta(seconds=max(timeout_s, _FORM_S))
+    group = dist.ProcessGroupGloo(store, rank, world_size, options)
+    group.set_timeout(timedelta(seconds=timeout_s))
+    return group
 
 
 def _nccl(store: Store, rank: int, world_size: int, timeout_s: float) -> Any:

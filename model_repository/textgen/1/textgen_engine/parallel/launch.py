@@ -201,7 +201,8 @@ class RankProcesses(Ranks):
     """The ranks of this host as child processes of this one, and those of other hosts as they come."""
 
     def __init__(self, config: EngineConfig, on_loss: Callable[[str], None]) -> None:
-        """Start them. on_loss is called, from a thread of its own and with a reason, when one ends by itself later.
+        """Start them. on_loss is called, from a thread of its own and with a reason, when one ends by itself once all
+        have loaded their parts.
         Raises ModelLoadError when the store's address cannot be listened on, or no process can be started."""
         self._on_loss = on_loss
         parallel = config.parallel
@@ -257,9 +258,10 @@ class RankProcesses(Ranks):
         deadline_s = time.monotonic() + self._join_timeout_s
         for meeting in self._meetings[1:]:
             self._wait_for(meeting, deadline_s)
+        # First: one that is lost while the groups form would else be noticed only when they do not.
+        threading.Thread(target=self._watch, name="rank-watch", daemon=True).start()
         self._store.set("go", "")
         self._collectives = self._meetings[0].join(self._store)
-        threading.Thread(target=self._watch, name="rank-watch", daemon=True).start()
         return self._collectives
 
     def whose_loss(self) -> str | None:
