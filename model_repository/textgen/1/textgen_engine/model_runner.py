@@ -22,7 +22,7 @@ from textgen_engine.kv_cache import KVCache, cache_dtype
 from textgen_engine.models.dense import DenseFallback
 from textgen_engine.models.loader import LoadedModel
 from textgen_engine.parallel.group import Collectives
-from textgen_engine.parallel.steps import NewCache, encode_step
+from textgen_engine.parallel.steps import CaptureGraphs, NewCache, encode_step
 
 logger = logging.getLogger(__name__)
 
@@ -50,44 +50,57 @@ class ModelRunner:
         self.cache = cache
         self.device = loaded.device
         if ranks is not None and ranks.rank == 0:
-            ranks.send(NewCache(cache.num_blocks, cache.block_size, cache.keys[0].dtype))
+            has_scratch = cache.scratch_block is not None
+            ranks.send(NewCache(cache.num_blocks, cache.block_size, cache.keys[0].dtype, has_scratch))
 
     def capture_graphs(self, sizes: tuple[int, ...], max_seq_len: int, capturer: Capturer) -> None:
         """Let decode steps of up to so many rows be replayed. A model that cannot be captured (its forward looks at
-        values on the host, say) runs step by step as before."""
-        if self._ranks is not None or isinstance(self._loaded.model, DenseFallback):
-            logger.info("no decode graphs: with ranks, or a model without a cache, steps are not captured")
+        values on the host, say) runs step by step as before. All ranks capture, on rank 0's word, or none does, since
+        sums are part of the graphs. Raises RankFailure when one is lost meanwhile."""
+        if isinstance(self._loaded.model, DenseFallback):
+            logger.info("no decode graphs: steps of a model without a cache are not captured")
             return
+        if self._ranks is not None and self._ranks.rank == 0:
+            self._ranks.send(CaptureGraphs(sizes, max_seq_len))
+        graphs: DecodeGraphs | None = None
         try:
-            self._graphs = DecodeGraphs(self._decode_all, self.cache, sizes, max_seq_len, self.device, capturer)
-        except (RuntimeError, NotImplementedError) as error:
-            self._graphs = None
+            graphs = DecodeGraphs(self._decode_all, self.cache, sizes, max_seq_len, self.device, capturer)
+        except (RuntimeError, NotImplementedError, RankFailure) as error:
+            # RankFailure, too: a sum that cannot be captured is one. Whether all are still there shows below.
             logger.warning("no decode graphs, every step is launched kernel by kernel: %s", error)
+        if self._ranks is not None and not self._ranks.agree(graphs is not None):
+            graphs = None
+        self._graphs = graphs
+        if graphs is None:
             self.release_unused_memory()
 
-    def forward(self, inputs: BatchInputs, copies: Iterable[tuple[int, int]]) -> torch.Tensor:
+    def forward(
+        self, inputs: BatchInputs, copies: Iterable[tuple[int, int]], graph_size: int | None = None
+    ) -> torch.Tensor:
         """One step: copy blocks, store K and V, return float32 logits [num_rows, vocab] of inputs.logits_rows (on rank
-        0; what the others return is only their part). Raises RankFailure when the ranks can no longer work together,
-        which is so after any error inside a step."""
+        0; what the others return is only their part). graph_size: on the other ranks, which captured step rank 0 said
+        that all replay. Raises RankFailure when the ranks can no longer work together, which is so after any error
+        inside a step."""
         copies = list(copies)
+        if self._graphs is not None and (self._ranks is None or self._ranks.rank == 0):
+            graph_size = self._graphs.size_for(inputs)
         if self._ranks is None:
-            return self._forward(inputs, copies)
+            return self._forward(inputs, copies, graph_size)
         try:
             if self._ranks.rank == 0:
-                self._ranks.send(encode_step(inputs, copies))
-            return self._forward(inputs, copies)
+                self._ranks.send(encode_step(inputs, copies, graph_size))
+            return self._forward(inputs, copies, graph_size)
         except RankFailure:
             raise
         except Exception as error:  # the other ranks are in the midst of the step, and nobody can call them back
             raise RankFailure(f"rank {self._ranks.rank} failed in a step ({type(error).__name__}: {error})") from error
 
     @torch.inference_mode()
-    def _forward(self, inputs: BatchInputs, copies: list[tuple[int, int]]) -> torch.Tensor:
+    def _forward(self, inputs: BatchInputs, copies: list[tuple[int, int]], graph_size: int | None) -> torch.Tensor:
         self.cache.copy_blocks(copies)
-        size = None if self._graphs is None else self._graphs.size_for(inputs)
-        if size is not None:
+        if graph_size is not None:
             assert self._graphs is not None
-            logits = self._graphs.run(inputs, size)
+            logits = self._graphs.run(inputs, graph_size)
             in_order = inputs.lists is not None and inputs.lists.logits_rows == list(range(len(logits)))
             return logits if in_order else logits[inputs.logits_rows]
         return self._run_model(inputs)

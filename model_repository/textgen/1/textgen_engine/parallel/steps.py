@@ -16,7 +16,7 @@ from textgen_engine.attention.base import AttentionMetadata
 from textgen_engine.batch import BatchInputs
 from textgen_engine.kv_cache import KVCache
 
-_HEADER_WORDS = 7
+_HEADER_WORDS = 8
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,20 @@ class NewCache:
     num_blocks: int
     block_size: int
     dtype: torch.dtype
+    has_scratch: bool = False
 
 
-def encode_step(inputs: BatchInputs, copies: list[tuple[int, int]]) -> np.ndarray:
+@dataclass(frozen=True)
+class CaptureGraphs:
+    """All ranks capture decode steps of these numbers of rows, at the same time."""
+
+    sizes: tuple[int, ...]
+    max_seq_len: int
+
+
+def encode_step(inputs: BatchInputs, copies: list[tuple[int, int]], graph_size: int | None = None) -> np.ndarray:
     """int32 words: header, token ids, query lengths, sequence lengths, logits rows, copied blocks, rows of adapters,
-    block tables."""
+    block tables. graph_size: the captured size that all ranks replay; None for a step that runs as it is."""
     attention, lists = inputs.attention, inputs.lists
     assert lists is not None
     block_size = attention.keys[0].shape[2]
@@ -38,7 +47,7 @@ def encode_step(inputs: BatchInputs, copies: list[tuple[int, int]]) -> np.ndarra
     logits_runs = () if inputs.adapters is None else inputs.adapters.logits
     words = [
         *(len(lists.input_ids), len(attention.seq_lens), attention.num_decodes, len(lists.logits_rows), len(copies)),
-        *(len(token_runs), len(logits_runs)),
+        *(len(token_runs), len(logits_runs), graph_size or 0),
         *lists.input_ids,
         *attention.query_lens,
         *attention.seq_lens,
@@ -51,10 +60,12 @@ def encode_step(inputs: BatchInputs, copies: list[tuple[int, int]]) -> np.ndarra
     return np.array(words, dtype=np.int32)
 
 
-def decode_step(words: np.ndarray, cache: KVCache, device: torch.device) -> tuple[BatchInputs, list[tuple[int, int]]]:
+def decode_step(
+    words: np.ndarray, cache: KVCache, device: torch.device
+) -> tuple[BatchInputs, list[tuple[int, int]], int | None]:
     """What `encode_step` was given, on this rank's cache and device; without the sequences, which stay with rank 0."""
     header = words[:_HEADER_WORDS].tolist()
-    num_tokens, num_sequences, num_decodes, num_rows, num_copies, num_token_runs, num_logits_runs = header
+    num_tokens, num_sequences, num_decodes, num_rows, num_copies, num_token_runs, num_logits_runs, graph_size = header
     lengths = (
         num_tokens,
         num_sequences,
@@ -98,7 +109,7 @@ def decode_step(words: np.ndarray, cache: KVCache, device: torch.device) -> tupl
         adapters=StepAdapters(_runs(token_runs), num_tokens, _runs(logits_runs), num_rows) if num_token_runs else None,
     )
     pairs = copies.reshape(-1, 2).tolist()
-    return inputs, [(source, target) for source, target in pairs]
+    return inputs, [(source, target) for source, target in pairs], graph_size or None
 
 
 def _runs(numbers: np.ndarray) -> tuple[AdapterRun, ...]:

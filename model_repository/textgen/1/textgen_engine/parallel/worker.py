@@ -23,6 +23,7 @@ from textgen_engine.attention.flash import make_backend
 from textgen_engine.attention.invariant import InvariantBackend
 from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.config import CacheConfig, ModelConfig
+from textgen_engine.cuda_graphs import CudaCapturer
 from textgen_engine.errors import ModelLoadError, RankFailure
 from textgen_engine.kernels.cpu import load_kernels
 from textgen_engine.kv_cache import KVCache
@@ -33,7 +34,7 @@ from textgen_engine.parallel.adapters import ClearAdapter, PutAdapter, put_part
 from textgen_engine.parallel.group import Collectives, Stop
 from textgen_engine.parallel.launch import Invitation, Meeting, die_with_parent
 from textgen_engine.parallel.split import Shard
-from textgen_engine.parallel.steps import NewCache, decode_step
+from textgen_engine.parallel.steps import CaptureGraphs, NewCache, decode_step
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +85,7 @@ def serve(
         message = collectives.receive()
         if isinstance(message, np.ndarray):
             assert runner is not None
-            inputs, copies = decode_step(message, runner.cache, runner.device)
-            runner.forward(inputs, copies)
+            runner.forward(*decode_step(message, runner.cache, runner.device))
         elif isinstance(message, NewCache):
             runner = None  # the old one's memory is free before the new one's is taken
             cache = KVCache(
@@ -94,8 +94,12 @@ def serve(
                 block_size=message.block_size,
                 dtype=message.dtype,
                 device=loaded.device,
+                has_scratch=message.has_scratch,
             )
             runner = ModelRunner(loaded, backend, cache, adapters, collectives)
+        elif isinstance(message, CaptureGraphs):
+            assert runner is not None
+            runner.capture_graphs(message.sizes, message.max_seq_len, CudaCapturer(loaded.device))
         elif isinstance(message, ReportMemory):
             collectives.collect(rank_memory(message.cache, loaded, message.step_bytes))
         elif isinstance(message, PutAdapter):
@@ -139,6 +143,10 @@ def _run(meeting: Meeting, *, is_elsewhere: bool) -> int:
         loaded, backend = prepare(meeting.model, meeting.shard, fused=not meeting.has_adapters)
     except (ModelLoadError, MemoryError) as error:
         guest.say_failed(str(error) or "not enough memory to load the model")
+        return 1
+    except Exception as error:  # nobody foresaw it: the log has all of it, the user one line
+        logger.exception("the part of %s could not be loaded", meeting.shard)
+        guest.say_failed(" ".join(f"{type(error).__name__}: {error}".split()))
         return 1
     guest.say_ready()
     serve(loaded, backend, guest.join(), has_adapters=meeting.has_adapters)
