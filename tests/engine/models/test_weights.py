@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -19,9 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.config import ModelConfig
 from textgen_engine.errors import ModelLoadError
+from textgen_engine.kernels.cpu import load_kernels
 from textgen_engine.models.checkpoint import find_checkpoint
 from textgen_engine.models.loader import LoadedModel, load_model, read_model
-from textgen_engine.models.memory import WeightMemory
+from textgen_engine.models.memory import MappedFiles, WeightMemory
 from textgen_engine.models.weights import WeightReader
 
 from ..tiny import FAMILIES, make_tokenizer, save_checkpoint
@@ -112,6 +114,65 @@ def test_memory_is_given_back_by_each_tensor() -> None:
 
 def memory_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def test_matrices_are_shown_where_they_lie(tmp_path: Path) -> None:
+    """Equal to what is read; writable without a change to the file; given back when they go; settled, no tensor needs
+    the file, and what was shared is shared again."""
+    generator = torch.Generator().manual_seed(0)
+    stored = {
+        "large": torch.randn(4000, 1000, generator=generator),
+        "half": torch.randn(1000, 2000, generator=generator).bfloat16(),
+        "small": torch.randn(10, 10, generator=generator),
+        "vector": torch.randn(1_000_000, generator=generator),
+    }
+    path = tmp_path / "weights.safetensors"
+    save_file(stored, path)
+    whole = path.read_bytes()
+    mapped = MappedFiles()
+    with WeightReader([path], mapped=mapped) as reader:
+        found = {name: tensor[...] for name, tensor in reader.tensors.items()}
+        part = reader.tensors["large"].narrow(0, 1000, 2000)[...]
+        columns = reader.tensors["large"].narrow(1, 10, 20)[...]
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+    assert torch.equal(part, stored["large"][1000:3000]) and torch.equal(columns, stored["large"][:, 10:30])
+    before = psutil.Process().memory_info().rss
+    del part
+    found["large"] += 1
+    assert path.read_bytes() == whole
+    model = torch.nn.Module()
+    model.first = torch.nn.Parameter(found["large"], requires_grad=False)
+    model.second = torch.nn.Parameter(found["large"], requires_grad=False)
+    model.register_buffer("third", found["half"])
+    mapped.settle(model)
+    assert model.first.data_ptr() == model.second.data_ptr()
+    del mapped, reader, found
+    gc.collect()
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    assert psutil.Process().memory_info().rss < before + (8 << 20)
+    assert torch.equal(model.first, stored["large"] + 1) and torch.equal(model.third, stored["half"])
+
+
+def test_a_mapped_file_that_was_cut_is_named_with_its_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({"large": torch.zeros(1000, 1000)}, path)
+    with WeightReader([path], mapped=MappedFiles()) as reader:
+        path.write_bytes(path.read_bytes()[:-10])
+        with pytest.raises(ModelLoadError, match=r"weights\.safetensors is damaged: tensor large: the file ends"):
+            reader.tensors["large"][...]
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "eetq"}, {"batch_invariant": True}])
+def test_a_model_in_memory_needs_its_files_no_more(tmp_path: Path, options: dict[str, object]) -> None:
+    """All that was mapped is packed, quantized or copied."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "tie_word_embeddings": False}
+    folder = save_checkpoint(tmp_path / "model", **sizes)
+    config = ModelConfig(str(folder), dtype="float32", num_threads=1, **options)  # type: ignore[arg-type]
+    loaded = load_model(config, SdpaBackend(), load_kernels(1))
+    gc.collect()
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    embedding = loaded.model.get_input_embeddings().weight  # type: ignore[operator]
+    assert torch.equal(embedding, load_file(folder / "model.safetensors")["model.embed_tokens.weight"])
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -54,11 +54,14 @@ class PackedLinear(torch.nn.Module):
     """
 
     def __init__(self, linear: Any, kernels: CpuKernels, memory: WeightMemory | None = None) -> None:
+        """linear: a torch.nn.Linear, or JoinedLinears."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        empty = None if memory is None else memory.empty
         self.packed: torch.Tensor
-        self.register_buffer("packed", kernels.pack(linear.weight.detach(), empty), persistent=False)
+        parts = linear.parts if isinstance(linear, JoinedLinears) else [linear]
+        self.register_buffer(
+            "packed", _packed([part.weight.detach() for part in parts], kernels, memory), persistent=False
+        )
         bias = linear.bias
         self.bias = (
             bias
@@ -78,6 +81,34 @@ class PackedLinear(torch.nn.Module):
         rows = x.reshape(-1, self.in_features).float()
         output = self.kernels.linear(rows, self.for_kernels, self.out_features)
         return output.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+
+class JoinedLinears(torch.nn.Module):
+    """Plain linear layers of the same inputs as one: their outputs one behind the other. To be packed, which needs no
+    copy of their weights."""
+
+    def __init__(self, parts: list[torch.nn.Linear]) -> None:
+        super().__init__()
+        self.parts = parts
+        self.in_features, self.out_features = parts[0].in_features, sum(part.out_features for part in parts)
+        biases = [part.bias for part in parts if part.bias is not None]
+        self.bias = torch.nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+
+
+def _packed(weights: list[torch.Tensor], kernels: CpuKernels, memory: WeightMemory | None) -> torch.Tensor:
+    """The packed form of weights whose outputs stand one behind the other."""
+    empty = torch.empty if memory is None else memory.empty
+    if len(weights) > 1 and any(len(weight) % kernels.block for weight in weights[:-1]):
+        weights = [torch.cat(weights)]
+    if len(weights) == 1:
+        return kernels.pack(weights[0], None if memory is None else memory.empty)
+    num_blocks = [-(-len(weight) // kernels.block) for weight in weights]
+    together = 4 // weights[0].dtype.itemsize
+    depth = -(-weights[0].shape[1] // together)
+    whole = empty((sum(num_blocks), depth, kernels.block, together), dtype=weights[0].dtype)
+    for weight, part in zip(weights, whole.split(num_blocks), strict=True):
+        kernels.pack(weight, lambda shape, dtype, part=part: part)
+    return whole
 
 
 class PackedEmbedding(torch.nn.Module):

@@ -20,7 +20,7 @@ from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, A
 from textgen_engine.attention.bridge import STEP_ATTRIBUTE
 from textgen_engine.attention.compiled import CompiledBackend
 from textgen_engine.kernels.cpu import Activation, CpuKernels, GatedLayer, StepTables
-from textgen_engine.models.cpu_linear import PackedLinear, has_hooks
+from textgen_engine.models.cpu_linear import JoinedLinears, PackedLinear, has_hooks
 from textgen_engine.models.memory import WeightMemory
 from textgen_engine.models.quantization.linear import IntegerLinear, QuantizedLinear
 
@@ -127,7 +127,7 @@ class FusedGatedLayer(torch.nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = trial.query.shape[1], trial.key.shape[1], trial.key.shape[2]
         if hasattr(layer, "attention_type"):
             self.attention_type = layer.attention_type
-        self.qkv = _join(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qkv = _join(kernels, attention.q_proj, attention.k_proj, attention.v_proj)
         self.output = attention.o_proj
         self.input_norm = _norm_of(layer.input_layernorm)
         self.query_norm: FusedNorm | None = None
@@ -146,7 +146,7 @@ class FusedGatedLayer(torch.nn.Module):
         if family.has_experts:
             self.experts = mlp
         else:
-            self.gate_up = _join(mlp.gate_proj, mlp.up_proj)
+            self.gate_up = _join(kernels, mlp.gate_proj, mlp.up_proj)
             self.down = mlp.down_proj
             self.activation = mlp.act_fn
         self._kernels = kernels
@@ -161,7 +161,7 @@ class FusedGatedLayer(torch.nn.Module):
     def _pack(self, name: str, kernels: CpuKernels | None, memory: WeightMemory | None) -> bool:
         """Give a linear layer the form that the kernels read, if it can have it."""
         linear = getattr(self, name)
-        if kernels is not None and type(linear) is torch.nn.Linear:
+        if kernels is not None and type(linear) in (torch.nn.Linear, JoinedLinears):
             setattr(self, name, PackedLinear(linear, kernels, memory))
             return True
         if isinstance(linear, IntegerLinear):
@@ -401,13 +401,15 @@ def _kind(linear: torch.nn.Module) -> type[torch.nn.Module] | None:
     return type(linear) if type(linear) is torch.nn.Linear or isinstance(linear, QuantizedLinear) else None
 
 
-def _join(*linears: Any) -> Any:
+def _join(kernels: CpuKernels | None, *linears: Any) -> Any:
     """One linear layer whose outputs are those of all, one behind the other. Raises TypeError if there is none."""
     if isinstance(linears[0], QuantizedLinear):
         together = linears[0].joined_with(list(linears[1:]))
         if together is None:
             raise TypeError("these quantized layers cannot be joined")
         return together
+    if kernels is not None:
+        return JoinedLinears(list(linears))
     joined = torch.nn.Linear(1, 1, bias=linears[0].bias is not None)
     joined.in_features, joined.out_features = linears[0].in_features, sum(linear.out_features for linear in linears)
     joined.weight = torch.nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)

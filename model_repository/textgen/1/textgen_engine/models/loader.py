@@ -31,6 +31,7 @@ from textgen_engine.models.experts import replace_experts
 from textgen_engine.models.families import PREPARATIONS
 from textgen_engine.models.fusion import fuse_layers
 from textgen_engine.models.gpu_layers import fuse_gpu_layers, triton_kernels
+from textgen_engine.models.memory import MappedFiles
 from textgen_engine.models.quantization.hooks import QuantizationHooks, checkpoint_settings, choose_method
 from textgen_engine.models.quantization.linear import IntegerLinear
 from textgen_engine.models.sharded_reading import PartHooks
@@ -128,6 +129,7 @@ def load_model(
         plan = None if shard is None else make_plan(outline, shard)
         hooks = quantization if plan is None else PartHooks(plan, outline, quantization)
         _check_memory(folder, outline, dtype, device, hooks, quantization)
+        mapped = MappedFiles() if device.type == "cpu" else None
         model, report = read_model(
             checkpoint,
             type(outline),
@@ -136,6 +138,7 @@ def load_model(
             device,
             trust_remote_code=config.trust_remote_code,
             hooks=hooks,
+            mapped=mapped,
         )
         if plan is not None:
             keep_biases_of_rank_0(model, plan)
@@ -197,6 +200,8 @@ def load_model(
             reads_masks = num_fused < len(layers)
         if expected is not None:
             check_results(model, backend, layers, expected, dtype, rounds_activations=_rounds_activations(model))
+    if mapped is not None:
+        mapped.settle(model)
     return_freed()
     if window is not None:
         applied.append(f"KV blocks released behind a window of {window}")
@@ -228,11 +233,12 @@ def read_model(
     *,
     trust_remote_code: bool = False,
     hooks: WeightHooks | None = None,
+    mapped: MappedFiles | None = None,
 ) -> tuple[torch.nn.Module, Any]:
     """transformers' model with its weights on the device, and its report on what was missing. Its attention is ours,
     or transformers' own where models/families has yet to prepare it.
 
-    hooks: what may change the model and its weights on their way in; for safetensors only.
+    hooks: what may change the model and its weights on their way in; for safetensors only. mapped: see WeightReader.
     """
     bridge.register()
     preparation = PREPARATIONS.get(hf_config.model_type)
@@ -259,7 +265,8 @@ def read_model(
         )
         return model, report
     hooks = hooks or WeightHooks()
-    with WeightReader(list(checkpoint.shards), widen=dtype) as reader, as_quantizer(hooks) as quantization_config:
+    reader = WeightReader(list(checkpoint.shards), widen=dtype, mapped=mapped)
+    with reader, as_quantizer(hooks) as quantization_config:
         model, report = model_class.from_pretrained(
             None, state_dict=stored_tensors(reader, hooks), quantization_config=quantization_config, **keywords
         )

@@ -3,13 +3,19 @@
 The first touch of an ordinary page costs more than the copy of what comes into it, and weights read in ordinary pages
 make the processor look up an address for every 4 KiB. The system gives huge pages (2 MiB) to mappings that ask for
 them, whole and aligned; most tensors are neither, so they share arenas that are.
+
+Weights that are packed or quantized anyway need no memory of their own before that: `MappedFiles` shows them where they
+lie in the page cache.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +26,10 @@ _HUGE_PAGE_BYTES = 2 << 20
 _ALIGNMENT = 64
 # So little is not worth a place: it would only keep others' pages.
 _LEAST_BYTES = 16 << 10
+_LEAST_MAPPED_BYTES = 1 << 20
+# The system is asked for as much ahead of what is read: enough to keep a disk busy while weights are packed.
+_AHEAD_BYTES = 64 << 20
+_POPULATE_READ = 22  # MADV_POPULATE_READ, of Linux 5.14, which Python's mmap has no name for
 
 
 class WeightMemory:
@@ -45,6 +55,76 @@ class WeightMemory:
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same values in memory from here."""
         return self.empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+
+class MappedFiles:
+    """Files as they lie in the page cache, for weights that are read once, to be packed.
+
+    Only matrices of some size are shown: what is small is soon copied, and may be kept in ways that `settle` does not
+    see. Nothing else may stay here once a model is loaded: a file that somebody cuts takes its pages with it.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, mmap.mmap] = {}
+        self._asked_for: dict[Path, int] = {}  # up to this byte of the file
+        self._ranges: list[tuple[int, int]] = []
+        self._libc = ctypes.CDLL(None, use_errno=True)  # whose madvise, unlike Python's, lets other threads run
+
+    def show(self, path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        """The tensor that begins at byte `offset`, its pages read; writing to it does not change the file. None where
+        it has to be read in another way. Raises OSError where the file cannot be read, EOFError where it ends."""
+        num_bytes = dtype.itemsize
+        for size in shape:
+            num_bytes *= size
+        if len(shape) < 2 or num_bytes < _LEAST_MAPPED_BYTES or offset % dtype.itemsize:
+            return None
+        try:
+            if path not in self._files:
+                self._files[path] = self._map(path)
+            file = self._files[path]
+        except (ValueError, OSError):
+            return None
+        if path.stat().st_size < offset + num_bytes:
+            raise EOFError(f"the file ends at byte {path.stat().st_size}")
+        self._ask_ahead(path, offset + num_bytes)
+        place = _Place(file, offset, num_bytes)
+        first = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        begin = ctypes.addressof(place.buffer) - (offset - first)
+        length = ctypes.c_size_t(offset + num_bytes - first)
+        if self._libc.madvise(ctypes.c_void_p(begin), length, _POPULATE_READ):
+            error = ctypes.get_errno()
+            if error == errno.EINVAL:
+                return None
+            raise OSError(error, os.strerror(error))
+        # A view remembers what it is a view of, whatever `settle` gives it instead; what `data` returns is none.
+        return torch.frombuffer(place.buffer, dtype=torch.uint8).view(dtype).view(shape).data
+
+    def _map(self, path: Path) -> mmap.mmap:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        self._ranges.append((begin, begin + len(mapped)))
+        return mapped
+
+    def _ask_ahead(self, path: Path, end: int) -> None:
+        begin, size = self._asked_for.get(path, 0), len(self._files[path])
+        if begin < min(end + _AHEAD_BYTES // 2, size):
+            self._asked_for[path] = min(end + _AHEAD_BYTES, size)
+            first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self._files[path].madvise(mmap.MADV_WILLNEED, first, self._asked_for[path] - first)
+
+    def settle(self, model: torch.nn.Module) -> None:
+        """Give parameters and buffers that are still in a file memory of their own, one after another. Those that
+        share a place share one again."""
+        memory = WeightMemory()
+        copies: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            address = tensor.data_ptr()
+            if tensor.device.type == "cpu" and any(begin <= address < end for begin, end in self._ranges):
+                key = address, tensor.shape, tensor.stride()
+                if key not in copies:
+                    copies[key] = memory.copy(tensor.data)
+                tensor.data = copies[key]
 
 
 class _Place:

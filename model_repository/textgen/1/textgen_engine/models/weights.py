@@ -29,7 +29,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from textgen_engine.errors import ModelLoadError
-from textgen_engine.models.memory import WeightMemory
+from textgen_engine.models.memory import MappedFiles, WeightMemory
 
 logger = logging.getLogger(__name__)
 
@@ -132,13 +132,17 @@ class StoredParts:
 class WeightReader:
     """The files of one checkpoint, opened while it loads. Use as a context.
 
-    widen: read 16-bit floats as this type, where that loses nothing. num_bytes_read counts what came from the files.
+    widen: read 16-bit floats as this type, where that loses nothing. mapped: shows tensors that need no change where
+    they lie, and is to be settled once the model is loaded. num_bytes_read counts what came from the files.
     """
 
-    def __init__(self, shards: list[Path], *, widen: torch.dtype | None = None) -> None:
+    def __init__(
+        self, shards: list[Path], *, widen: torch.dtype | None = None, mapped: MappedFiles | None = None
+    ) -> None:
         self.tensors: dict[str, StoredTensor] = {}
         self.num_bytes_read = 0
         self.memory = WeightMemory()
+        self._mapped = mapped
         self._widen = widen if widen in (torch.float32, torch.float64) else None
         self._files: dict[Path, int] = {}
         self._num_bytes = 0
@@ -185,6 +189,11 @@ class WeightReader:
             row_bytes = _product(stored[1:]) * tensor.dtype.itemsize
             stored, offset = (length, *stored[1:]), offset + start * row_bytes
             tensor = replace(tensor, part=None)
+        if self._mapped is not None and dtype is tensor.dtype and tensor.part is None:
+            shown = self._mapped.show(tensor.path, offset, stored, dtype)
+            if shown is not None:
+                self.num_bytes_read += shown.numel() * shown.itemsize
+                return shown
         target = self.memory.empty(tensor.shape if tensor.part else stored, dtype)
         if dtype is tensor.dtype and tensor.part is None:
             self._fill(file, _bytes_of(target), offset)
