@@ -85,8 +85,9 @@ def _locate(model_id: str, revision: str | None) -> Path:
         return Path(snapshot_download(model_id, revision=revision, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):
         raise ServeError(
-            f"MODEL_ID: there is no folder {model_id}, nor a model of this name in the hub's local cache; download "
-            f"the model first, for example with `hf download`"
+            f"MODEL_ID: there is no folder {model_id}, nor a model of this name"
+            f"{'' if revision is None else f' at REVISION={revision}'} in the hub's local cache; download the model "
+            f"first, for example with `hf download`"
         ) from None
 
 

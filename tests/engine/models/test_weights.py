@@ -343,7 +343,8 @@ def test_the_memory_of_a_load_is_that_of_the_weights(tmp_path: Path) -> None:
     for name, tensor in outline.state_dict().items():
         if sum(t.numel() for t in shards[-1].values()) > 20_000_000:
             shards.append({})
-        shards[-1][name] = noise.repeat(-(-tensor.numel() // len(noise)))[: tensor.numel()].view(tensor.shape)
+        values = noise.repeat(-(-tensor.numel() // len(noise)))[: tensor.numel()].view(tensor.shape)
+        shards[-1][name] = values if len(shards) % 2 else values.float()  # which is mapped, not read
     assert len(shards) > 2
     index = {name: f"model-{i}.safetensors" for i, shard in enumerate(shards) for name in shard}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
@@ -356,6 +357,6 @@ def test_the_memory_of_a_load_is_that_of_the_weights(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     measured = json.loads(done.stdout)
-    assert measured["weights"] > 400 << 20, "stored in 16 bits, loaded as float32"
+    assert measured["weights"] > 400 << 20, "stored in 16 bits as well as float32, loaded as float32"
     assert measured["peak"] <= measured["weights"] + 2 * measured["largest"] + (128 << 20)
-    assert "weights: 0.2" in done.stderr, "what was read, and how fast, is logged"
+    assert "weights: 0.3" in done.stderr, "what was read, and how fast, is logged"

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from textgen_engine.errors import ModelLoadError
@@ -79,15 +79,19 @@ def _folder(path: Path, model_id: str, revision: str | None) -> Path:
         raise ModelLoadError(f"model folder {path} does not exist") from None
     except LocalEntryNotFoundError:
         pass
+    missing = (
+        f"there is no model folder {path}, nor a model of this name"
+        f"{'' if revision is None else f' at REVISION={revision}'} in the local cache {constants.HF_HUB_CACHE}"
+    )
+    if constants.HF_HUB_OFFLINE:
+        raise ModelLoadError(
+            f"{missing}, and the hub is not asked (HF_HUB_OFFLINE): fetch it first, for example with `hf download`"
+        )
     try:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=list(_WANTED)))
     except Exception as error:  # the hub's library raises errors of its own, of requests, of the system
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        raise ModelLoadError(
-            f"model folder {path} does not exist, nor is a model of this name"
-            f"{'' if revision is None else f' and REVISION={revision}'} in the local cache, and it cannot be fetched: "
-            f"{reason}"
-        ) from error
+        raise ModelLoadError(f"{missing}, and it cannot be fetched: {reason}") from error
 
 
 def _snapshot(path: Path, revision: str) -> Path:

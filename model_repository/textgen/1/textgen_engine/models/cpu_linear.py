@@ -7,6 +7,7 @@ product with the rows as columns, (W x^T)^T, does better than the plain one.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class JoinedLinears(torch.nn.Module):
         super().__init__()
         self.parts = parts
         self.in_features, self.out_features = parts[0].in_features, sum(part.out_features for part in parts)
-        biases = [part.bias for part in parts if part.bias is not None]
+        biases: list[torch.Tensor] = [part.bias for part in parts if part.bias is not None]
         self.bias = torch.nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
 
 
@@ -107,8 +108,13 @@ def _packed(weights: list[torch.Tensor], kernels: CpuKernels, memory: WeightMemo
     depth = -(-weights[0].shape[1] // together)
     whole = empty((sum(num_blocks), depth, kernels.block, together), dtype=weights[0].dtype)
     for weight, part in zip(weights, whole.split(num_blocks), strict=True):
-        kernels.pack(weight, lambda shape, dtype, part=part: part)
+        kernels.pack(weight, functools.partial(_given, part))
     return whole
+
+
+def _given(memory: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    assert (memory.shape, memory.dtype) == (shape, dtype)
+    return memory
 
 
 class PackedEmbedding(torch.nn.Module):
