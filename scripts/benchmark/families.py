@@ -25,7 +25,7 @@ import transformers  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 from textgen_coverage.page import PAGE, render  # noqa: E402
-from textgen_coverage.shapes import SHAPES, record, save_shape  # noqa: E402
+from textgen_coverage.shapes import SHAPES, processor, record, save_shape  # noqa: E402
 from textgen_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig  # noqa: E402
 from textgen_engine.engine import Engine  # noqa: E402
 from textgen_engine.models import loader  # noqa: E402
@@ -58,7 +58,7 @@ def main(families: tuple[str, ...], tokenizer: Path, rounds: int, threads: int, 
                 low, middle, high = statistics.quantiles(ratios, n=4)
                 click.echo(f"{family}: {megabytes:.0f} MB, {batch} streams: {middle:.2f} ({low:.2f} to {high:.2f})")
         if write:
-            record("gain", {family: found})
+            record("gain", {family: found}, {"cpu": processor(), "threads": threads})
             PAGE.write_text(render(), encoding="utf-8")
 
 

@@ -4,8 +4,8 @@ From the page cache, all ways taking turns, the first round (which fills the cac
 into one small buffer (the cache's rate: every byte copied once, nothing kept), plain reads into fresh memory (what
 anybody who keeps the bytes has to pay), the loader's reader, and the loader's whole way of a matrix to the form in
 which kernels read it, of weights read and of weights mapped. From the disk, the cache emptied before each: a plain read
-by as many threads as the loader has, and the loader's whole way. --write adds the figures to
-benchmarks/results/loading.json.
+by as many threads as the loader has, and the loader's whole way. --write puts the figures into
+benchmarks/results/loading.json and docs/models.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -22,18 +21,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "model_repository" / "textgen" / "1"))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "model_repository/textgen/1")]
 
-import torch
+import torch  # noqa: E402
 
-from textgen_engine.kernels.cpu import CpuKernels, load_kernels
-from textgen_engine.models.checkpoint import find_checkpoint
-from textgen_engine.models.memory import MappedFiles, WeightMemory
-from textgen_engine.models.weights import WeightReader
+from textgen_coverage.page import LOADING, PAGE, render  # noqa: E402
+from textgen_coverage.shapes import processor  # noqa: E402
+from textgen_engine.kernels.cpu import CpuKernels, load_kernels  # noqa: E402
+from textgen_engine.models.checkpoint import find_checkpoint  # noqa: E402
+from textgen_engine.models.memory import MappedFiles, WeightMemory  # noqa: E402
+from textgen_engine.models.weights import WeightReader  # noqa: E402
 
 _BUFFER_BYTES = 4 << 20
 _CACHE, _DISK = "page cache into one buffer", "disk into one buffer a thread"
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "loading.json"
 
 
 def main() -> None:
@@ -68,17 +69,20 @@ def main() -> None:
             _forget(shards)
             rates[name].append(num_bytes / _seconds(read) / 1e9)
     medians = {name: statistics.median(values[1:]) for name, values in rates.items()}
+    percent = {name: round(100 * rate / medians[_CACHE if name in cached else _DISK]) for name, rate in medians.items()}
     print(f"{options.model}: {num_bytes / 1e9:.2f} GB in {len(shards)} files, {options.rounds} rounds")
     for name, median in medians.items():
-        whole, what = (medians[_CACHE], "page cache's") if name in cached else (medians[_DISK], "disk's")
-        print(f"{name:38} {median:6.2f} GB/s  {100 * median / whole:4.0f} % of the {what} rate")
+        whose = "page cache's" if name in cached else "disk's"
+        print(f"{name:38} {median:6.2f} GB/s  {percent[name]:4d} % of the {whose} rate")
     if options.write:
         results: dict[str, Any] = {
             "checkpoint_gb": round(num_bytes / 1e9, 3),
-            "machine": {"cpu": platform.processor() or platform.machine(), "threads": options.threads},
+            "machine": {"cpu": processor(), "threads": options.threads},
+            "percent": percent,
             "gb_per_s": {name: [round(rate, 3) for rate in values[1:]] for name, values in rates.items()},
         }
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        LOADING.write_text(json.dumps(results, indent=1) + "\n")
+        PAGE.write_text(render(), encoding="utf-8")
 
 
 def _seconds(read: Callable[[], object]) -> float:

@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "model_repository/textgen/1")]
 
 import torch  # noqa: E402
 
+from textgen_coverage.shapes import processor  # noqa: E402
 from textgen_quantization.measure import METHODS, folder_of, measure_quality, measure_speed  # noqa: E402
 from textgen_quantization.page import PAGE, RESULTS, write_page  # noqa: E402
 
@@ -72,7 +73,7 @@ def main(
             "text_tokens": tokens,
             "rounds": rounds,
             "context": CONTEXT,
-            "machine": {"cpu": _processor(), "threads": threads},
+            "machine": {"cpu": processor(), "threads": threads},
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
         results = _results_so_far(setting, anew=not (names or resume))
@@ -99,11 +100,6 @@ def _results_so_far(setting: dict[str, Any], *, anew: bool) -> dict[str, Any]:
     if {key: results.get(key) for key in setting} != setting:
         raise click.ClickException(f"{RESULTS.name} was measured in another setting; without names all is done anew")
     return results
-
-
-def _processor() -> str:
-    with open("/proc/cpuinfo") as lines:
-        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _measure(name: str, model: Path, folder: Path, threads: int, rounds: int, tokens: int, what: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "models.md"
 RESULTS = ROOT / "docs" / "model_coverage.json"
 SHAPES = ROOT / "benchmarks" / "results" / "families.json"
+LOADING = ROOT / "benchmarks" / "results" / "loading.json"
 
 _STATE = "carry state outside the KV cache"
 _OTHER_ATTENTION = "do not use transformers' attention interface"
@@ -78,12 +79,26 @@ It fails when one that works here does not any more. A sample of it is part of `
 _GAIN = """
 ## What it gains
 
-`scripts/benchmark/families.py`: random models of these families, float32 on the CPU. A decode step at 200 tokens of
-context as transformers computes it on our attention, over one with everything above; the two take turns in one process.
-Median and quartiles of the ratios; above 1 is faster.
+`scripts/benchmark/families.py --write`: random models of these families, float32 on the CPU ({cpu}, {threads} threads).
+A decode step at 200 tokens of context as transformers computes it on our attention, over one with everything above; the
+two take turns in one process. Median and quartiles of the ratios; above 1 is faster. Raw figures:
+`benchmarks/results/families.json`.
 
 | family | MB | 1 stream | 8 streams |
 |---|---|---|---|
+"""
+_LOADING = """
+## How fast weights load
+
+`scripts/benchmark/loading.py --write`: a checkpoint of {gb} GB of float32, {cpu}, {threads} threads, medians of rounds
+in which all ways take turns. Percent are of the first row (the page cache's rate), for the ways from the disk of the
+disk's. *Packed*: in the form that kernels read, which is where a load ends; of what a load takes besides, the trials of
+a model's own logits are the larger part. The goal, 70 % of the page cache's rate, is out of reach for whoever keeps the
+bytes in memory of its own: the first row writes nothing, while a load writes every byte, into a page that the system
+has zeroed before.
+
+| way | GB/s | |
+|---|---|---|
 """
 _SERVED = """
 ## Served end to end
@@ -123,7 +138,7 @@ def _shapes() -> str:
     results: dict[str, Any] = json.loads(SHAPES.read_text(encoding="utf-8")) if SHAPES.is_file() else {}
     text = ""
     if results.get("gain"):
-        text += _GAIN
+        text += _GAIN.format(**results["machine"])
         for family, found in results["gain"].items():
             speeds = " | ".join(_quartiles(found[f"ratios_{batch}"]) for batch in (1, 8))
             text += f"| {family} | {found['megabytes']} | {speeds} |\n"
@@ -131,6 +146,17 @@ def _shapes() -> str:
         text += _SERVED
         for family, found in results["served"].items():
             text += f"| {family} | {found['megabytes']} | {found['equal']} of {found['texts']} equal |\n"
+    return text + _loading()
+
+
+def _loading() -> str:
+    """How fast weights get into memory; empty where it was not measured."""
+    if not LOADING.is_file():
+        return ""
+    results: dict[str, Any] = json.loads(LOADING.read_text(encoding="utf-8"))
+    text = _LOADING.format(gb=results["checkpoint_gb"], **results["machine"])
+    for name, rates in results["gb_per_s"].items():
+        text += f"| {name} | {statistics.median(rates):.2f} | {results['percent'][name]} % |\n"
     return text
 
 

@@ -73,9 +73,18 @@ def save_shape(folder: Path, family: str, tokenizer: PreTrainedTokenizerBase) ->
     return num_bytes / 1e6
 
 
-def record(kind: str, found: dict[str, Any]) -> None:
-    """Put results of one kind (`gain`, `served`) into RESULTS, in the place of older ones of the same families."""
+def processor() -> str:
+    """Its name."""
+    with open("/proc/cpuinfo") as lines:
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def record(kind: str, found: dict[str, Any], machine: dict[str, Any] | None = None) -> None:
+    """Put results of one kind (`gain`, `served`) into RESULTS, in the place of older ones of the same families.
+    machine: where they were measured, if that matters."""
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     merged = {**results.get(kind, {}), **found}
     results[kind] = {family: merged[family] for family in SHAPES if family in merged}
+    if machine is not None:
+        results["machine"] = machine
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
