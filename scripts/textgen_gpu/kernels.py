@@ -7,6 +7,11 @@ from typing import Any
 import torch
 
 from textgen_engine.attention.base import Scoring
+from textgen_engine.models.quantization.bitsandbytes_4bit import FourBit
+from textgen_engine.models.quantization.eetq import WeightOnlyInt8
+from textgen_engine.models.quantization.fp8 import Fp8AtLoad
+from textgen_engine.models.quantization.linear import CodedLinear
+from textgen_engine.models.quantization.method import LoadMethod
 from textgen_engine.sampling import randomness
 from textgen_gpu.checks import Run
 
@@ -19,6 +24,31 @@ def check_kernels(run: Run, device: torch.device) -> None:
     types = [torch.float32, torch.float16, torch.bfloat16] if is_real else [torch.float32]
     _check_decode(run, device, types, is_real=is_real)
     _check_pieces(run, device, types, is_real=is_real)
+    _check_coded(run, device, types, is_real=is_real)
+
+
+def _check_coded(run: Run, device: torch.device, types: list[torch.dtype], *, is_real: bool) -> None:
+    """Quantized linear layers beside their dequantizing form."""
+    from textgen_engine.kernels.coded_linear import coded_linear
+
+    methods: list[LoadMethod] = [WeightOnlyInt8("eetq"), Fp8AtLoad(), FourBit("bitsandbytes-nf4")]
+    num_outputs, num_inputs = (4096, 4096) if is_real else (40, 128)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(num_outputs, num_inputs, generator=generator) * 0.02
+    for method in methods:
+        layer = method.replacement(torch.nn.Linear(num_inputs, num_outputs, bias=False, device="meta"), "layer")
+        assert isinstance(layer, CodedLinear)
+        layer.fill(**method.quantize(weight)).to(device)
+        layer.bring(device)
+        for dtype in types:
+            for num_rows in (1, 16, 64) if is_real else (3,):
+                x = torch.randn(num_rows, num_inputs, generator=generator).to(device, dtype)
+                layer.gpu_kernel = None
+                expected = layer(x)
+                layer.gpu_kernel = coded_linear
+                run.compare(
+                    f"{method.name} weights, {num_rows} rows {_short(dtype)}", layer(x), expected, _ALLOWED[dtype]
+                )
 
 
 def _check_decode(run: Run, device: torch.device, types: list[torch.dtype], *, is_real: bool) -> None:

@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "model_repository" / "textgen" / "1"))
 
 from textgen_engine.attention.base import Scoring
+from textgen_engine.kernels.coded_linear import FLOAT8, INT8, NIBBLE, coded_linear
 from textgen_engine.kernels.gated import gated
 from textgen_engine.kernels.logits import apply_bitmask, race_scores
 from textgen_engine.kernels.paged_decode import paged_decode
@@ -91,6 +92,13 @@ def main(capability: int) -> None:
             query_norm=weight,
             key_norm=weight,
         )
+    wide, table = torch.zeros(64, 2048, dtype=torch.int8), torch.zeros(16)
+    half_bytes, scales = wide[:, :1024].contiguous().view(torch.uint8), torch.zeros(64, 16)
+    rows = torch.zeros(5, 2048, dtype=BF16)
+    coded_linear(rows, INT8, None, wide, scales, None, torch.zeros(64, dtype=BF16))
+    coded_linear(rows.half(), FLOAT8, None, wide.view(torch.float8_e4m3fn), scales, None, None)
+    coded_linear(rows, NIBBLE, table, half_bytes, scales, None, None)
+    coded_linear(rows.float(), NIBBLE, None, half_bytes, scales, scales, None)
     logits, column = torch.zeros(4, 128_257), torch.ones(4, 1)
     apply_bitmask(logits, torch.zeros(2, dtype=torch.int64), torch.zeros(2, 4009, dtype=torch.int32))
     hashes, keys = torch.zeros(128_257, dtype=torch.int32), torch.zeros(4, 2, dtype=torch.int32)

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 # What a program may have of shared memory on the smallest devices that are meant to be served (8.6, 8.9).
 MOST_SHARED_BYTES = 99 * 1024
 ALL = {"_attend_run", "_join_runs", "_rms_norm", "_gated", "_rotary_store", "_apply_bitmask", "_race_scores"}
+ALL |= {"_coded_linear"}
 
 
 def test_for_compute_capability_9(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def load_model(
     if quantization is not None:
         quantization.check_shapes()
     _check_weights(folder, report)
-    applied = [] if quantization is None else [quantization.finish(model)]
+    applied = [] if quantization is None else [quantization.finish(model, device)]
     if _is_tied(model):
         applied.append("LM head tied to the embedding")
     tokenizer = None

@@ -33,7 +33,7 @@ from textgen_engine.models.quantization.experts import (
 from textgen_engine.models.quantization.fp8 import Fp8AtLoad, Fp8Checkpoint
 from textgen_engine.models.quantization.gptq import Gptq
 from textgen_engine.models.quantization.int8 import Int8
-from textgen_engine.models.quantization.linear import QuantizedLinear
+from textgen_engine.models.quantization.linear import CodedLinear, QuantizedLinear, choose_gpu_kernel
 from textgen_engine.models.quantization.method import LoadMethod, Method, StoredLinear, StoredMethod
 from textgen_engine.models.weights import StoredTensor, WeightHooks
 
@@ -253,9 +253,10 @@ class QuantizationHooks(WeightHooks):
             more = f" and {len(self._mismatched) - 1} more" if len(self._mismatched) > 1 else ""
             raise ModelLoadError(f"the checkpoint has {self._mismatched[0]}{more}: config.json is another model's")
 
-    def finish(self, model: torch.nn.Module) -> str:
-        """After loading: stored layers become the ones that run, one by one, and all get their kernels; returns what
-        was done."""
+    def finish(self, model: torch.nn.Module, device: torch.device) -> str:
+        """After loading: stored layers become the ones that run, one by one, and all get the kernels that the device
+        can run; returns what was done."""
+        gpu_kernel = choose_gpu_kernel(torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, (StoredLinear, QuantizedExperts)):
@@ -263,5 +264,13 @@ class QuantizationHooks(WeightHooks):
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.kernels = self._kernels
-        how = "compiled kernels" if self._kernels is not None else "weights are dequantized for every product"
+            if isinstance(module, CodedLinear):
+                module.gpu_kernel = gpu_kernel
+                module.bring(device)
+        if self._kernels is not None:
+            how = "compiled kernels"
+        elif gpu_kernel is not None:
+            how = "a kernel in Triton's language"
+        else:
+            how = "weights are dequantized for every product"
         return f"{self._summary}, {how}"

@@ -1,13 +1,15 @@
 """The two forms in which all methods keep a linear layer's weights, and how rows are multiplied by them.
 
 `CodedLinear`: weights as codes of 4 or 8 bits with scales per group of inputs; the arithmetic is that of the rows' own
-type. `IntegerLinear`: 8-bit weights, and rows rounded to 8 bits as they come. Compiled kernels (kernels/cpu.py) take
-few rows of float32 on the CPU; everything else dequantizes some outputs at a time and multiplies: that is the
-reference the tests compare with, and what a GPU runs for want of a kernel.
+type. `IntegerLinear`: 8-bit weights, and rows rounded to 8 bits as they come. Kernels take few rows: on the CPU those
+of kernels/cpu.py, on a GPU that can kernels/coded_linear.py. Everything else dequantizes some outputs at a time and
+multiplies: that is the reference the tests compare with.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from enum import IntEnum
 
 import torch
@@ -23,6 +25,21 @@ KERNEL_MULTIPLE = 32
 # Up to this number of rows the compiled kernel of coded weights was as fast as the best of the others or faster.
 _MOST_COMPILED_ROWS = 48
 _INT8_MAX = 127.0
+# Tensor cores of this compute capability and above multiply bfloat16, which Triton's kernel may be given.
+_LEAST_CAPABILITY = (8, 0)
+# More rows are multiplied faster by cuBLAS, by weights dequantized for the occasion.
+_MOST_GPU_ROWS = 64
+# Rows, code, table, weight, scales, offsets, bias -> results.
+GpuKernel = Callable[..., torch.Tensor]
+
+
+def choose_gpu_kernel(capability: tuple[int, int] | None) -> GpuKernel | None:
+    """The kernel for coded weights on a GPU of this compute capability (None: there is no GPU), if there is one."""
+    if capability is None or capability < _LEAST_CAPABILITY or importlib.util.find_spec("triton") is None:
+        return None
+    from textgen_engine.kernels.coded_linear import coded_linear
+
+    return coded_linear
 
 
 class Code(IntEnum):
@@ -64,6 +81,7 @@ class CodedLinear(QuantizedLinear):
     in the codes, so that all groups are of one size.
     """
 
+    gpu_kernel: GpuKernel | None = None  # set beside `kernels`
     weight: torch.Tensor
     scales: torch.Tensor
 
@@ -100,6 +118,13 @@ class CodedLinear(QuantizedLinear):
         self.order = order
         return self
 
+    def bring(self, device: torch.device) -> None:
+        """Have on the device what goes there with no module: table, offsets, order."""
+        for name in ("table", "offsets", "order"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, tensor.to(device))
+
     def dequantized(self, begin: int = 0, end: int | None = None) -> torch.Tensor:
         """The weights of outputs [begin, end), float32 [end - begin, in_features], inputs in `order`."""
         codes = self.weight[begin:end]
@@ -123,6 +148,10 @@ class CodedLinear(QuantizedLinear):
             output = self.kernels.coded_linear(
                 rows, int(self.code), table, self.weight, self.scales, self.offsets, self.bias
             )
+        elif self.gpu_kernel is not None and self._suits_gpu_kernel(rows):
+            output = self.gpu_kernel(
+                rows, int(self.code), self.table, self.weight, self.scales, self.offsets, self.bias
+            )
         else:
             step = max(1, _PIECE_WEIGHTS // self.in_features)
             pieces = [
@@ -143,6 +172,9 @@ class CodedLinear(QuantizedLinear):
             and self.group_size % KERNEL_MULTIPLE == 0
         )
 
+    def _suits_gpu_kernel(self, rows: torch.Tensor) -> bool:
+        return rows.shape[0] <= _MOST_GPU_ROWS and self.group_size % KERNEL_MULTIPLE == 0
+
     def joined_with(self, others: list[QuantizedLinear]) -> CodedLinear | None:
         layers: list[CodedLinear] = [self]
         for other in others:
@@ -161,7 +193,7 @@ class CodedLinear(QuantizedLinear):
             group_size=self.group_size,
             table=self.table,
         )
-        joined.kernels = self.kernels
+        joined.kernels, joined.gpu_kernel = self.kernels, self.gpu_kernel
         offsets = [layer.offsets for layer in layers if layer.offsets is not None]
         return joined.fill(
             torch.cat([layer.weight.view(torch.uint8) for layer in layers]).view(self.weight.dtype),
