@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import pickle
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+import textgen_engine
 from textgen_engine.errors import EngineFailure, GrammarError
 from textgen_engine.grammar.sandbox import Sandbox, WorkerDied, WorkerLate
 
@@ -50,8 +56,6 @@ def prepare(offset: int) -> Callable[[], Served]:
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
     # The template imports this file by its bare name, from the folder it lies in.
-    import sys
-
     sys.path.insert(0, os.path.dirname(__file__))
     made = Sandbox("test_sandbox:prepare", 40, memory_bytes=256 * 1024**2)
     yield made
@@ -125,3 +129,19 @@ def test_close_ends_everything(sandbox: Sandbox) -> None:
     worker.send("hang")
     other.close()
     assert is_gone(process_id)
+
+
+def test_an_engine_that_ends_at_once_leaves_no_traceback() -> None:
+    ours, theirs = socket.socketpair()
+    ours.close()
+    command = [sys.executable, "-m", "textgen_engine.grammar.sandbox", str(theirs.fileno())]
+    done = subprocess.run(
+        command,
+        input=pickle.dumps(("textgen_engine.grammar.sandbox:deadline_in", 1.0, 1, 0)),
+        pass_fds=[theirs.fileno()],
+        env=os.environ | {"PYTHONPATH": str(Path(textgen_engine.__file__).parents[1])},
+        capture_output=True,
+        timeout=60,
+    )
+    theirs.close()
+    assert (done.returncode, done.stderr) == (0, b"")

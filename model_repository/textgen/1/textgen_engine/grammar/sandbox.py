@@ -214,7 +214,10 @@ def main(control_fd: int) -> None:
         return
     gc.collect()
     gc.freeze()  # so that collections in workers do not touch, and thereby copy, the shared pages
-    control.send(b"ready")
+    try:
+        control.send(b"ready")
+    except BrokenPipeError:  # the engine ended while this was being prepared
+        return
     process_ids: dict[int, int] = {}
     while True:
         readable, _, _ = select.select([control], [], [], 1.0)
