@@ -25,6 +25,7 @@ import triton_io
 import triton_python_backend_utils as pb_utils
 import triton_request_log
 from triton_metrics import MetricsPublisher
+from triton_parent import end_with_parent
 from triton_responder import LiveRequest, Responder
 from triton_tracing import start_tracer
 
@@ -59,6 +60,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Start the engine's process and wait until the model is loaded."""
+        end_with_parent()
         try:
             self._config = _read_config(args)
             self._tokenizer_version = _tokenizer_version(args)
