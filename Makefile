@@ -92,7 +92,7 @@ $(TOOLS)/usr/sbin/nginx:
 	@mkdir -p $(TOOLS)
 	cd $(TOOLS) && apt-get download -qq nginx && dpkg -x nginx_*.deb . && rm nginx_*.deb
 
-test-ranks: setup ## the real model on four ranks against one, which takes long
+test-ranks: setup ## the real model on two and four ranks against one, which takes long
 	$(BIN)/python -m pytest --faults -m faults tests/engine/parallel $(ARGS)
 
 clean: ## remove the environment, the caches and the prepared model

@@ -25,6 +25,7 @@ _OPERATOR: dict[str, str] = {
     "rank hangs": "nothing; `TEXTGEN_COLLECTIVE_TIMEOUT_S` (60, here 3) bounds it",
     "KV cache full": "see `TextgenKvCacheNearlyFull`",
     "stub of textgen killed": "nothing; the launcher starts the server again",
+    "stub of two ranks killed": "the same (`NUM_SHARD=2`)",
     "stub of tokenizer killed": "nothing; the launcher loads the tokenizer again",
     "tritonserver killed": "nothing; the launcher starts it again",
     "/dev/shm full": "a larger `/dev/shm`; see who else fills it",

@@ -47,6 +47,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("gpt_bigcode", 2, {"multi_query": False}),
     ("gpt_neox", 2, {}),
     ("falcon", 2, {}),
+    ("falcon", 4, {}),
     ("falcon_alibi", 4, {}),
     ("falcon_grouped", 2, {}),
     ("falcon_grouped", 4, {}),
@@ -141,13 +142,14 @@ def test_guesses_change_no_token(new_ranks: NewRanks, llama: Path) -> None:
 
 
 @pytest.mark.faults
-def test_the_real_model_on_four_ranks(new_ranks: NewRanks, model_dir: Path) -> None:
-    """Nine heads in three groups: one rank has a group, the others share two, and none has as much as another. In
-    chunks, beside each other, and with cached prefixes."""
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_real_model(new_ranks: NewRanks, model_dir: Path, world_size: int) -> None:
+    """Nine heads in three groups: of two ranks one has two; of four one has a group, the others share two, and none has
+    as much as another. In chunks, beside each other, and with cached prefixes."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     texts = ("The capital of France is", "Once upon a time, in a village by the sea, there lived an old man who")
     prompts = [tokenizer(text)["input_ids"] for text in texts]
-    found, expected = (new_ranks(model_dir, world_size, tokens_per_step=12, block_size=8) for world_size in (4, 1))
+    found, expected = (new_ranks(model_dir, size, tokens_per_step=12, block_size=8) for size in (world_size, 1))
     assert_alike(found, expected, prompts, num_tokens=6)
     again = found.run(requests_of(prompts, 6, prefix="again"))
     assert ids_of(again) == ids_of(expected.run(requests_of(prompts, 6, prefix="again")))

@@ -53,14 +53,14 @@ def environment_of(port: int, secret: str) -> dict[str, str]:
 
 
 class OtherHost:
-    """scripts/worker.py with one rank of two."""
+    """scripts/worker.py with one rank of two, and options of its own."""
 
-    def __init__(self, folder: Path, port: int, secret: str) -> None:
+    def __init__(self, folder: Path, port: int, secret: str, **own: str) -> None:
         self.log = folder / "worker.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(REPOSITORY_ROOT / "scripts" / "worker.py")],
-                env=os.environ | environment_of(port, secret),
+                env=os.environ | environment_of(port, secret) | own,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
