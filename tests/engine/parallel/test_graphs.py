@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from textgen_engine.config import ModelConfig
 from textgen_engine.cuda_graphs import Replay
 from textgen_engine.kv_cache import KVCache
 from textgen_engine.model_runner import ModelRunner
 from textgen_engine.parallel import worker
+from textgen_engine.parallel.split import Shard
 
 from ..test_cuda_graphs import Repeater, flash, give_graphs
 from ..test_engine_equalities import ids_of, requests_of
@@ -87,6 +89,16 @@ def test_all_ranks_replay_the_same(split: Harness, new_ranks: NewRanks, llama: P
     assert ids_of(split.run(requests)) == ids_of(alone.run(requests))
     assert ours.replayed == theirs.replayed
     assert set(ours.replayed) == set(SIZES)
+
+
+def test_a_rank_computes_on_its_own_gpu_with_a_gpus_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: made.append(device))
+    monkeypatch.setattr(worker, "make_backend", lambda *given: made.append(given))
+    monkeypatch.setattr(worker, "load_model", lambda *given, **more: None)
+    worker.prepare(ModelConfig("model", device="cuda:1"), Shard(1, 2))
+    device = torch.device("cuda:1")
+    assert made == [device, (device, ModelConfig("model").attention)]
 
 
 def test_all_ranks_capture_or_none(

@@ -109,7 +109,7 @@ class ModelRunner:
     def _decode_all(self, inputs: BatchInputs) -> torch.Tensor:
         """What a graph is captured of."""
         logits = self._run_model(inputs)
-        if isinstance(self._backend, FlashBackend) and not self._backend.fits_graphs:
+        if not (isinstance(self._backend, FlashBackend) and self._backend.fits_graphs):
             raise NotImplementedError("some of its layers attend in PyTorch's operations")
         return logits
 

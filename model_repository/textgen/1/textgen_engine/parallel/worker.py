@@ -60,12 +60,15 @@ def prepare(config: ModelConfig, shard: Shard | None, *, fused: bool = True) -> 
     ModelLoadError."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    kernels = load_kernels(torch.get_num_threads()) if config.device == "cpu" else None
+    device = torch.device(config.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # what is launched or captured without naming a device is for this one
+    kernels = load_kernels(torch.get_num_threads()) if device.type == "cpu" else None
     backend: AttentionBackend
     if config.batch_invariant:
         backend = InvariantBackend()
-    elif config.device == "cuda":
-        backend = make_backend(torch.device(config.device), config.attention)
+    elif device.type == "cuda":
+        backend = make_backend(device, config.attention)
     else:
         backend = SdpaBackend() if kernels is None else CompiledBackend(kernels)
     return load_model(config, backend, kernels, shard, fused=fused), backend
