@@ -5,6 +5,7 @@ Knows processes, ports and files; nothing of models, readiness or terminals.
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import socket
@@ -22,7 +23,9 @@ from textgen_serve.runtime import Runtime
 from textgen_serve.shared_memory import RegionPrefix, clean_abandoned
 
 # What tritonserver may take, beyond draining, to unload its models and leave.
-_UNLOAD_S = 15.0
+_UNLOAD_S = 15
+# Tells the stub of textgen whose end it has to look for, and how many seconds after that it ends the server.
+_LAUNCHER = "TRITON_TEXTGEN_LAUNCHER"
 # Loading models is running code, mapping shared memory is reading it, and trace and log settings name files to write.
 # Reading a model's configuration and statistics stays open: monitoring and load generators ask for them.
 _ADMIN_APIS = "model-repository,shared-memory,trace,logging"
@@ -108,7 +111,7 @@ class TritonServer:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=runtime.environment | environment,
+                    env=runtime.environment | environment | {_LAUNCHER: f"{os.getpid()} {options.drain_s + _UNLOAD_S}"},
                     start_new_session=True,
                     preexec_fn=processes.die_with_parent,
                     pass_fds=(self._regions.descriptor,),
