@@ -135,6 +135,7 @@ def dense(step: Step, scoring: Scoring) -> torch.Tensor:
 MIXES = {
     "one decode": [(1, 1)],
     "decodes of one length": [(1, 9)] * 5,
+    "many decodes": [(1, 3 + 17 * index) for index in range(9)],
     "decodes in several groups": [(1, 3), (1, 300), (1, 70), (1, 5), (1, 150), (1, 299)],
     "a whole prompt": [(13, 13)],
     "a chunk": [(5, 40)],
@@ -164,6 +165,62 @@ SCORINGS: dict[str, Callable[[int], Scoring]] = {
         1.0, 40, 32, 2.0, sinks=torch.linspace(-1, 1, heads), alibi_slopes=torch.linspace(0.1, 1, heads)
     ),
 }
+
+
+def in_bfloat16(step: Step) -> Step:
+    """The same step with a cache in bfloat16, and with queries, keys and values that it can hold."""
+    metadata = step.metadata
+    metadata.keys, metadata.values = ([cache.bfloat16() for cache in kind] for kind in (metadata.keys, metadata.values))
+    rounded = [tensor.bfloat16().float() for tensor in (step.query, step.key, step.value)]
+    keys, values = ([tensor.bfloat16().float() for tensor in kind] for kind in (step.keys, step.values))
+    return Step(metadata, *rounded, keys, values)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (9, 1)])
+@pytest.mark.parametrize("sliding_window", [None, 1, 8])
+@pytest.mark.parametrize(("dim", "value_dim", "block_size"), [(16, 48, 4), (64, 32, 16), (80, 64, 5)])
+def test_a_cache_in_bfloat16(
+    mix: str, heads: int, kv_heads: int, sliding_window: int | None, dim: int, value_dim: int, block_size: int
+) -> None:
+    """Each weight is rounded by at most 2^-9 of it, and values are at most 5."""
+    step = in_bfloat16(
+        make_step(MIXES[mix], heads=heads, kv_heads=kv_heads, dim=dim, value_dim=value_dim, block_size=block_size)
+    )
+    scoring = Scoring(0.125, sliding_window)
+    found = run(step, scoring, compiled)
+    torch.testing.assert_close(found.double(), dense(step, scoring), atol=5 * 2**-9, rtol=0)
+
+
+@pytest.mark.parametrize("kind", SCORINGS)
+def test_what_layers_ask_for_of_a_cache_in_bfloat16(kind: str) -> None:
+    step = in_bfloat16(make_step(MIXES["decodes and chunks"], heads=6, kv_heads=2, value_dim=32))
+    scoring = SCORINGS[kind](6)
+    found = run(step, scoring, compiled)
+    torch.testing.assert_close(found.double(), dense(step, scoring), atol=5 * 2**-9, rtol=0)
+
+
+@pytest.mark.parametrize("is_rounded", [False, True])
+def test_a_decode_is_the_same_in_any_batch(is_rounded: bool) -> None:
+    """To the last bit, though many sequences are dealt to the threads otherwise than few."""
+    step = make_step(MIXES["many decodes"], heads=6, kv_heads=3)
+    step = in_bfloat16(step) if is_rounded else step
+    together = run(step, Scoring(0.25), compiled)
+    metadata = step.metadata
+    for index in range(len(metadata.seq_lens)):
+        row = slice(index, index + 1)
+        alone = AttentionMetadata(
+            num_decodes=1,
+            query_lens=[1],
+            seq_lens=metadata.seq_lens[row],
+            block_tables=metadata.block_tables[row],
+            slot_blocks=metadata.slot_blocks[row],
+            slot_offsets=metadata.slot_offsets[row],
+            keys=metadata.keys,
+            values=metadata.values,
+        )
+        one = Step(alone, step.query[row], step.key[row], step.value[row], [], [])
+        assert torch.equal(run(one, Scoring(0.25), compiled), together[row])
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -24,14 +24,14 @@ from textgen_engine.models.loader import load_model
 
 
 def fused_logits(
-    folder: Path, ids: torch.Tensor, *, compiled: bool, dtype: str = "float32"
+    folder: Path, ids: torch.Tensor, *, compiled: bool, dtype: str = "float32", quantize: str | None = None
 ) -> tuple[int, torch.Tensor]:
     """The number of fused layers, and the logits [num_tokens, vocab] of a prompt."""
     kernels = load_kernels(num_threads=2) if compiled else None
     if compiled and (kernels is None or getattr(torch, dtype) not in kernels.dtypes):
         pytest.skip("no compiler, or a processor without bfloat16")
     backend = SdpaBackend() if kernels is None else CompiledBackend(kernels)
-    loaded = load_model(ModelConfig(str(folder), dtype=dtype), backend, kernels)
+    loaded = load_model(ModelConfig(str(folder), dtype=dtype, quantize=quantize), backend, kernels)
     count = ids.shape[1]
     keys = [torch.zeros(1, layer.num_kv_heads, count, layer.head_dim, dtype=loaded.dtype) for layer in loaded.layers]
     metadata = AttentionMetadata(
@@ -92,6 +92,17 @@ def test_fused_in_bfloat16(checkpoint: Callable[[str], Path], family: str) -> No
             for dtype in (torch.float32, torch.bfloat16)
         )
     assert (found - exact).square().mean() < (rounded - exact).square().mean()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fused_with_weights_of_8_bits(checkpoint: Callable[[str], Path], dtype: str) -> None:
+    """All layers, for what they are compared with rounds as they do."""
+    ids = torch.randint(2, 500, (1, 30), generator=torch.Generator().manual_seed(1))
+    num_fused, found = fused_logits(checkpoint("llama"), ids, compiled=True, dtype=dtype, quantize="int8")
+    assert num_fused == 3
+    with torch.inference_mode():
+        exact = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), dtype=torch.float32).eval()(ids).logits[0]
+    assert (found.float() - exact).square().mean() < 0.03 * exact.square().mean()
 
 
 def stock_model(folder: Path) -> Any:

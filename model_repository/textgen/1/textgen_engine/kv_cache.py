@@ -12,6 +12,7 @@ import torch
 
 from textgen_engine.config import CacheConfig
 from textgen_engine.errors import ModelLoadError
+from textgen_engine.models.memory import WeightMemory
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ def cache_dtype(config: CacheConfig, dtype: torch.dtype) -> torch.dtype:
 class KVCache:
     """`keys[layer]` and `values[layer]`: [num_blocks, num_kv_heads, block_size, head_dim or value_dim].
 
-    The tensors are zeroed at once, so that their memory is really there before the first request comes.
+    The tensors are zeroed at once, so that their memory is really there before the first request comes. On a CPU they lie
+    in huge pages: attention reads blocks here and there, and would wait for addresses more than for what lies there.
 
     has_scratch: they have one block more, scratch_block, for what is written and never read; no sequence owns it.
     """
@@ -53,10 +55,17 @@ class KVCache:
         self.block_size = block_size
         self.scratch_block = num_blocks if has_scratch else None
         total = num_blocks + has_scratch
+        memory = WeightMemory() if device.type == "cpu" else None
+
+        def zeros(heads: int, dim: int) -> torch.Tensor:
+            shape = (total, heads, block_size, dim)
+            tensor = torch.empty(shape, dtype=dtype, device=device) if memory is None else memory.empty(shape, dtype)
+            return tensor.zero_()
+
         try:
-            self.keys = [_zeros(total, s.num_kv_heads, block_size, s.head_dim, dtype, device) for s in layers]
-            self.values = [_zeros(total, s.num_kv_heads, block_size, s.value_dim, dtype, device) for s in layers]
-        except (RuntimeError, MemoryError) as error:
+            self.keys = [zeros(shape.num_kv_heads, shape.head_dim) for shape in layers]
+            self.values = [zeros(shape.num_kv_heads, shape.value_dim) for shape in layers]
+        except (RuntimeError, MemoryError, OSError) as error:
             size = num_blocks * block_size * sum(s.bytes_per_token(dtype) for s in layers)
             raise ModelLoadError(
                 f"not enough memory for a KV cache of {num_blocks * block_size} tokens ({size / 2**30:.1f} GiB); "
@@ -68,9 +77,3 @@ class KVCache:
         for source, destination in copies:
             for tensor in (*self.keys, *self.values):
                 tensor[destination].copy_(tensor[source])
-
-
-def _zeros(
-    num_blocks: int, heads: int, block_size: int, dim: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    return torch.empty(num_blocks, heads, block_size, dim, dtype=dtype, device=device).zero_()

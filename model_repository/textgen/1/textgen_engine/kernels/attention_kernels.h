@@ -1,10 +1,10 @@
 // Attention over the paged cache [blocks, kv_heads, block_size, dim], keys and values where they lie, in float32 or
 // bfloat16 (a `Stored`, turned into floats as it is read).
 //
-// One query per sequence (decodes): scores are dot products, kLanes keys at a time, and each block is read once for all
-// query heads that share it. Chunks of prompts: kBlock query rows of one head stand side by side in the lanes of
-// vectors, keys come one by one, and maximum, sum and result are kept as the keys go by (online softmax, as in
-// FlashAttention), so that nothing is added across lanes and no matrix of scores is ever whole.
+// Sequences with one query are decode_kernels.h's. Chunks of prompts: kBlock query rows of one head stand side by side in
+// the lanes of vectors, keys come one by one, and maximum, sum and result are kept as the keys go by (online softmax, as
+// in FlashAttention), so that nothing is added across lanes and no matrix of scores is ever whole. Keys and values of
+// bfloat16 are multiplied as they are, by queries and weights in bfloat16, where the processor can; sums are float32.
 
 // The layout of these three is known to cpu.py.
 struct Scoring {
@@ -35,115 +35,8 @@ struct Rows {
     int64_t token_stride, head_stride;
 };
 
-// Lanes 0, 2, 4 ... (or 1, 3, 5 ...) of a and b behind one another.
-template <int First, int... I>
-inline Vector every_second(Vector a, Vector b, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, b, (2 * I + First)...);
-}
-
-// The sums of kLanes vectors, one per lane: pairs of vectors become one, until one is left.
-template <int Count = kLanes>
-inline Vector sums(const Vector* of) {
-    if constexpr (Count == 1) {
-        return of[0];
-    } else {
-        constexpr std::make_integer_sequence<int, kLanes> lanes{};
-        Vector half[Count / 2];
-#pragma GCC unroll 8
-        for (int i = 0; i < Count / 2; ++i)
-            half[i] = every_second<0>(of[2 * i], of[2 * i + 1], lanes) + every_second<1>(of[2 * i], of[2 * i + 1], lanes);
-        return sums<Count / 2>(half);
-    }
-}
-
 inline Vector capped(Vector score, float cap) {  // cap * tanh(score / cap)
     return cap - 2.0f * cap / (1.0f + exponential(score * (2.0f / cap)));
-}
-
-// scores[h * stride + j] = query[h] . keys[j] for H heads and `count` keys of one block. `next` is where the block that
-// follows lies: blocks lie anywhere, so the processor does not see by itself what is read next. It is asked for bit by
-// bit, as fast as it can come.
-template <int H, class Stored>
-void score_block(const float* query, const float* keys, const Stored* next, float* scores, int64_t stride,
-                 int64_t count, int64_t dim) {
-    constexpr int kAhead = (kLanes + H - 1) / H;
-    int64_t j = 0;
-    for (; j + kLanes <= count; j += kLanes) {
-        const Stored* ahead = next + j * dim;
-        for (int h = 0; h < H; ++h) {
-            Vector acc[kLanes] = {};
-            for (int64_t d = 0; d < dim; d += kLanes) {
-                const Vector q = load(query + h * dim + d);
-#pragma GCC unroll 16
-                for (int i = 0; i < kAhead; ++i, ahead += kLanes) __builtin_prefetch(ahead);
-#pragma GCC unroll 16
-                for (int i = 0; i < kLanes; ++i) acc[i] += q * load(keys + (j + i) * dim + d);
-            }
-            put(scores + h * stride + j, sums(acc));
-        }
-    }
-    for (; j < count; ++j)
-        for (int h = 0; h < H; ++h) {
-            Vector acc = {};
-            for (int64_t d = 0; d < dim; d += kLanes) acc += load(query + h * dim + d) * load(keys + j * dim + d);
-            scores[h * stride + j] = sum(acc);
-        }
-}
-
-// output[h] += weights[h] @ values of one block, for H heads and W vectors of their dimensions; `next` as above.
-template <int H, int W, class Stored>
-void add_part(const float* weights, int64_t stride, const float* values, const Stored* next, float* output,
-              int64_t count, int64_t dim) {
-    Vector acc[H][W];
-    for (int h = 0; h < H; ++h)
-        for (int w = 0; w < W; ++w) acc[h][w] = load(output + h * dim + w * kLanes);
-    for (int64_t j = 0; j < count; ++j) {
-        Vector value[W];
-        for (int w = 0; w < W; ++w) {
-            value[w] = load(values + j * dim + w * kLanes);
-            __builtin_prefetch(next + j * dim + w * kLanes);
-        }
-        for (int h = 0; h < H; ++h)
-            for (int w = 0; w < W; ++w) acc[h][w] += weights[h * stride + j] * value[w];
-    }
-    for (int h = 0; h < H; ++h)
-        for (int w = 0; w < W; ++w) put(output + h * dim + w * kLanes, acc[h][w]);
-}
-
-template <int H, class Stored>
-void add_block(const float* weights, int64_t stride, const float* values, const Stored* next, float* output,
-               int64_t count, int64_t dim) {
-    constexpr int kWidth = kLanes == 16 ? 4 : 2;  // as many as registers hold for four heads
-    int64_t d = 0;
-    for (; d + kWidth * kLanes <= dim; d += kWidth * kLanes)
-        add_part<H, kWidth>(weights, stride, values + d, next + d, output + d, count, dim);
-    for (; d < dim; d += kLanes) add_part<H, 1>(weights, stride, values + d, next + d, output + d, count, dim);
-}
-
-// Scores of one head become weights, which add up to the inverse of what is returned; the last of them is the query's
-// own position.
-float soften(float* scores, int64_t count, int64_t head, const Scoring& how) {
-    if (how.soft_cap > 0.0f)
-        by_vectors(count, [&](int64_t j, int64_t some) {
-            put_some(scores + j, capped(load_some(scores + j, some), how.soft_cap), some);
-        });
-    if (how.alibi_slopes)
-        for (int64_t j = 0; j < count; ++j) scores[j] += how.alibi_slopes[head] * static_cast<float>(j + 1 - count);
-    const Vector first = Vector{} + (how.sinks ? how.sinks[head] : scores[0]);
-    Vector highest = first;
-    int64_t j = 0;
-    for (; j + kLanes <= count; j += kLanes) highest = larger(highest, load(scores + j));
-    float top = largest(highest);
-    for (; j < count; ++j) top = std::max(top, scores[j]);
-    Vector total = {};
-    by_vectors(count, [&](int64_t at, int64_t some) {
-        const Vector weights = exponential(load_some(scores + at, some) - top);
-        put_some(scores + at, weights, some);
-        total += some == kLanes ? weights : Vector{};
-    });
-    float all = sum(total) + (how.sinks ? std::exp(how.sinks[head] - top) : 0.0f);
-    for (int64_t at = count / kLanes * kLanes; at < count; ++at) all += scores[at];
-    return 1.0f / all;
 }
 
 inline int64_t first_visible(int64_t position, const Scoring& how) {
@@ -151,178 +44,207 @@ inline int64_t first_visible(int64_t position, const Scoring& how) {
     return how.chunk > 0 ? std::max(first, position / how.chunk * how.chunk) : first;
 }
 
-inline const float* as_floats(const float* stored, int64_t, float*) { return stored; }
-
-inline const float* as_floats(const uint16_t* stored, int64_t count, float* room) {
-    for (int64_t i = 0; i < count; ++i) room[i] = from_bfloat16(stored[i]);
-    return room;
-}
-
 inline void put_stored(float* to, float value) { *to = value; }
 inline void put_stored(uint16_t* to, float value) { *to = to_bfloat16(value); }
 
-template <class Stored>
-void attend_decodes(Pool* pool, Rows query, const Stored* keys, const Stored* values, float* output, const Shape& shape,
-                    const Step& step, const Scoring& how) {
-    const int64_t group = shape.num_heads / shape.num_kv_heads, dim = shape.dim, value_dim = shape.value_dim;
-    pool->run(step.num_decodes * shape.num_kv_heads, [&](int64_t item) {
-        const int64_t sequence = item / shape.num_kv_heads, kv_head = item % shape.num_kv_heads;
-        const int64_t length = step.lengths[sequence], first = first_visible(length - 1, how), count = length - first;
-        const int64_t* table = step.block_tables + sequence * step.table_stride;
-        float* room = scratch(shape.block_size * std::max(dim, value_dim) + group * (dim + count + 1));
-        float* scaled = room + shape.block_size * std::max(dim, value_dim);
-        float* scores = scaled + group * dim;
-        for (int64_t h = 0; h < group; ++h) {
-            const float* from =
-                query.data + sequence * query.token_stride + (kv_head * group + h) * query.head_stride;
-            for (int64_t d = 0; d < dim; ++d) scaled[h * dim + d] = from[d] * how.scale;
-        }
-        float* out = output + (sequence * shape.num_heads + kv_head * group) * value_dim;
-        std::fill(out, out + group * value_dim, 0.0f);
-
-        auto place_of = [&](int64_t block) {
-            return (table[block] * shape.num_kv_heads + kv_head) * shape.block_size;
-        };
-        auto each_block = [&](auto&& visit) {  // with the place of the block that follows
-            for (int64_t block = first / shape.block_size; block * shape.block_size < length; ++block) {
-                const int64_t begin = std::max(first, block * shape.block_size);
-                const int64_t end = std::min(length, (block + 1) * shape.block_size);
-                visit(place_of(block) + begin % shape.block_size, begin - first, end - begin,
-                      place_of(end < length ? block + 1 : block));
-            }
-        };
-        auto by_heads = [&](auto&& call) {  // in fours, then what is left
-            int64_t h = 0;
-            for (; h + 4 <= group; h += 4) call(h, std::integral_constant<int, 4>());
-            if (group - h == 3) call(h, std::integral_constant<int, 3>());
-            if (group - h == 2) call(h, std::integral_constant<int, 2>());
-            if (group - h == 1) call(h, std::integral_constant<int, 1>());
-        };
-        each_block([&](int64_t place, int64_t key, int64_t some, int64_t next) {
-            const float* block = as_floats(keys + place * dim, some * dim, room);
-            by_heads([&](int64_t h, auto heads) {
-                score_block<decltype(heads)::value>(scaled + h * dim, block, keys + next * dim,
-                                                    scores + h * count + key, count, some, dim);
-            });
-        });
-        float* factors = scores + group * count;
-        for (int64_t h = 0; h < group; ++h)
-            factors[h] = soften(scores + h * count, count, kv_head * group + h, how);
-        each_block([&](int64_t place, int64_t key, int64_t some, int64_t next) {
-            const float* block = as_floats(values + place * value_dim, some * value_dim, room);
-            by_heads([&](int64_t h, auto heads) {
-                add_block<decltype(heads)::value>(scores + h * count + key, count, block, values + next * value_dim,
-                                                  out + h * value_dim, some, value_dim);
-            });
-        });
-        for (int64_t h = 0; h < group; ++h)
-            for (int64_t d = 0; d < value_dim; ++d) out[h * value_dim + d] *= factors[h];
-    });
-}
+#include "decode_kernels.h"
 
 constexpr int64_t kKeysTogether = 64;
+constexpr int64_t kHeadsTogether = 4;  // of those that share keys and values: what is gathered serves them all
 constexpr float kHidden = -1e30f;
 
-// Up to kBlock consecutive query rows of one head, the first at `position`; room for the transposed query, a tile of
-// scores and the transposed result.
+// What a prompt's keys and values are multiplied as: pairs of bfloat16 where they are stored so and the processor can.
 template <class Stored>
-void attend_tile(const float* query, int64_t token_stride, const Stored* keys, const Stored* values, float* output,
-                 int64_t output_stride, int64_t num_rows, int64_t position, int64_t head, const int64_t* table,
-                 const Shape& shape, const Scoring& how) {
-    const int64_t dim = shape.dim, value_dim = shape.value_dim, block_size = shape.block_size;
-    const int64_t kv_head = head / (shape.num_heads / shape.num_kv_heads);
-    const int64_t room_size = std::min(block_size, kKeysTogether) * std::max(dim, value_dim);
-    float* room = scratch(room_size + (dim + value_dim + kKeysTogether) * kBlock);
-    float* turned = room + room_size;                                      // [dim][kBlock]
-    float* result = turned + dim * kBlock;                                 // [value_dim][kBlock]
-    float* scores = result + value_dim * kBlock;                           // [keys][kBlock]
-    std::fill(turned, turned + dim * kBlock, 0.0f);
-    std::fill(result, result + value_dim * kBlock, 0.0f);
+using ElementOf = std::conditional_t<kHasPairs && std::is_same_v<Stored, uint16_t>, Pair, float>;
+
+inline float as_float(float value) { return value; }
+inline float as_float(uint16_t value) { return from_bfloat16(value); }
+
+// A key's row: neighbours in `dim` stay together.
+template <class Stored>
+inline void gather_key(const Stored* key, float* keys, int64_t j, int64_t dim) {
+    for (int64_t d = 0; d < dim; ++d) keys[j * dim + d] = as_float(key[d]);
+}
+
+inline void gather_key(const uint16_t* key, Pair* keys, int64_t j, int64_t dim) {
+    std::memcpy(keys + j * dim / 2, key, dim * sizeof(uint16_t));
+}
+
+// A value's row: of pairs its neighbour is the value of the next key.
+template <class Stored>
+inline void gather_value(const Stored* value, float* values, int64_t j, int64_t dim) {
+    for (int64_t d = 0; d < dim; ++d) values[j * dim + d] = as_float(value[d]);
+}
+
+inline void gather_value(const uint16_t* value, Pair* values, int64_t j, int64_t dim) {
+    Pair* to = values + j / 2 * dim;
+    if (j % 2 == 0)
+        for (int64_t d = 0; d < dim; ++d) to[d].bits = value[d];
+    else
+        for (int64_t d = 0; d < dim; ++d) to[d].bits |= static_cast<uint32_t>(value[d]) << 16;
+}
+
+// Rows of queries side by side in lanes: [dim or pairs of it][kBlock], what is missing zero.
+inline void turn_query(const float* query, int64_t token_stride, int64_t num_rows, int64_t dim, float scale, float* to) {
+    std::fill(to, to + dim * kBlock, 0.0f);
     for (int64_t row = 0; row < num_rows; ++row)
-        for (int64_t d = 0; d < dim; ++d) turned[d * kBlock + row] = query[row * token_stride + d] * how.scale;
+        for (int64_t d = 0; d < dim; ++d) to[d * kBlock + row] = query[row * token_stride + d] * scale;
+}
+
+inline void turn_query(const float* query, int64_t token_stride, int64_t num_rows, int64_t dim, float scale, Pair* to) {
+    std::fill(to, to + dim / 2 * kBlock, Pair{0});
+    for (int64_t row = 0; row < num_rows; ++row)
+        for (int64_t d = 0; d < dim; d += 2) {
+            const float* from = query + row * token_stride + d;
+            to[d / 2 * kBlock + row].bits =
+                static_cast<uint32_t>(to_bfloat16(from[1] * scale)) << 16 | to_bfloat16(from[0] * scale);
+        }
+}
+
+inline void put_weights(float* to, int64_t j, int64_t vector, Vector one, Vector two) {
+    put(to + j * kBlock + vector * kLanes, one);
+    put(to + (j + 1) * kBlock + vector * kLanes, two);
+}
+
+inline void put_weights(Pair* to, int64_t j, int64_t vector, Vector one, Vector two) {
+#if defined(__AVX512BF16__)
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)one));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)two));
+    _mm512_storeu_si512(to + j / 2 * kBlock + vector * kLanes, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#endif
+}
+
+// kBlock consecutive query rows, or fewer, of some heads that share keys and values, the first row at `position`.
+struct Tile {
+    int64_t position, num_rows, first_head, num_heads;
+    const float* query;  // of the first row and head
+    float* output;
+    const int64_t* table;
+};
+
+// What a tile keeps of one head: rows stand in the lanes.
+struct Running {
+    Vector highest[kBlockVectors], total[kBlockVectors];
+};
+
+template <class Stored>
+void attend_tile(const Tile& tile, Rows query, const Stored* keys, const Stored* values, const Shape& shape,
+                 const Scoring& how) {
+    using Element = ElementOf<Stored>;
+    constexpr int64_t kTogether = std::is_same_v<Element, Pair> ? 2 : 1;
+    const int64_t dim = shape.dim, value_dim = shape.value_dim, block_size = shape.block_size;
+    const int64_t kv_head = tile.first_head / (shape.num_heads / shape.num_kv_heads);
+    const int64_t depth = dim / kTogether, output_stride = shape.num_heads * value_dim;
+    // Elements are as large as floats.
+    float* room = scratch(kKeysTogether * (dim + value_dim) + 2 * kKeysTogether * kBlock +
+                          tile.num_heads * (dim + value_dim) * kBlock);
+    Element* gathered_keys = reinterpret_cast<Element*>(room);
+    Element* gathered_values = gathered_keys + kKeysTogether * dim;
+    float* scores = room + kKeysTogether * (dim + value_dim);                        // [keys][kBlock]
+    Element* weights = reinterpret_cast<Element*>(scores + kKeysTogether * kBlock);  // [keys, or pairs of them][kBlock]
+    Element* turned = weights + kKeysTogether * kBlock;                              // [heads][depth][kBlock]
+    float* results = reinterpret_cast<float*>(turned + tile.num_heads * dim * kBlock);  // [heads][value_dim][kBlock]
+    std::fill(results, results + tile.num_heads * value_dim * kBlock, 0.0f);
+    Running running[kHeadsTogether];
+    for (int64_t h = 0; h < tile.num_heads; ++h) {
+        turn_query(tile.query + h * query.head_stride, query.token_stride, tile.num_rows, dim, how.scale,
+                   turned + h * depth * kBlock);
+        for (int v = 0; v < kBlockVectors; ++v) running[h].highest[v] = Vector{} + kHidden, running[h].total[v] = Vector{};
+    }
     float counting[kLanes];
     for (int i = 0; i < kLanes; ++i) counting[i] = static_cast<float>(i);
     // Positions as float: exact up to 2^24.
-    Vector rows[kBlockVectors], firsts[kBlockVectors], highest[kBlockVectors], total[kBlockVectors] = {};
+    Vector rows[kBlockVectors], firsts[kBlockVectors];
     for (int v = 0; v < kBlockVectors; ++v) {
-        rows[v] = load(counting) + static_cast<float>(position + v * kLanes);
+        rows[v] = load(counting) + static_cast<float>(tile.position + v * kLanes);
         float first[kLanes];
-        for (int i = 0; i < kLanes; ++i) first[i] = static_cast<float>(first_visible(position + v * kLanes + i, how));
+        for (int i = 0; i < kLanes; ++i) first[i] = static_cast<float>(first_visible(tile.position + v * kLanes + i, how));
         firsts[v] = load(first);
-        highest[v] = Vector{} + kHidden;
     }
-    const int64_t end = position + num_rows;
+    const int64_t end = tile.position + tile.num_rows;
     const bool limited = how.window > 0 || how.chunk > 0;
-    for (int64_t begin = first_visible(position, how) / block_size * block_size; begin < end;) {
-        const int64_t stop = std::min(end, begin + std::max(kKeysTogether / block_size, int64_t{1}) * block_size);
-        const int64_t count = std::min(stop - begin, kKeysTogether);
-        auto each_block = [&](auto&& visit) {  // keys of one block lie side by side
-            for (int64_t key = begin; key < begin + count;) {
-                const int64_t some = std::min(block_size - key % block_size, begin + count - key);
-                visit((table[key / block_size] * shape.num_kv_heads + kv_head) * block_size + key % block_size,
-                      key - begin, some);
-                key += some;
+    int64_t count = 0;
+    for (int64_t begin = first_visible(tile.position, how); begin < end; begin += count) {
+        count = std::min(end - begin, kKeysTogether);
+        for (int64_t j = 0; j < count;) {
+            const int64_t block = (begin + j) / block_size, offset = begin + j - block * block_size;
+            const int64_t place = (tile.table[block] * shape.num_kv_heads + kv_head) * block_size + offset;
+            const int64_t some = std::min(block_size - offset, count - j);
+            for (int64_t i = 0; i < some; ++i, ++j) {
+                gather_key(keys + (place + i) * dim, gathered_keys, j, dim);
+                gather_value(values + (place + i) * value_dim, gathered_values, j, value_dim);
             }
-        };
-        each_block([&](int64_t place, int64_t key, int64_t some) {
-            const float* block = as_floats(keys + place * dim, some * dim, room);
-            for (int64_t i = 0; i < some; i += kBlockRows)
-                packed_rows<>(static_cast<int>(std::min<int64_t>(kBlockRows, some - i)), block + i * dim, dim, turned,
-                              scores + (key + i) * kBlock, kBlock, dim, false);
-        });
-        const bool masked = limited || begin + count > position + 1;
-        Vector top[kBlockVectors], shrunk[kBlockVectors];
-        for (int v = 0; v < kBlockVectors; ++v) top[v] = highest[v];
-        for (int64_t j = 0; j < count; ++j)
-            for (int v = 0; v < kBlockVectors; ++v) {
-                Vector score = load(scores + j * kBlock + v * kLanes);
-                const float key = static_cast<float>(begin + j);
-                if (how.soft_cap > 0.0f) score = capped(score, how.soft_cap);
-                if (how.alibi_slopes) score += how.alibi_slopes[head] * (key - rows[v]);
-                if (masked) score = (rows[v] >= key) & (firsts[v] <= key) ? score : Vector{} + kHidden;
-                top[v] = larger(top[v], score);
-                put(scores + j * kBlock + v * kLanes, score);
-            }
-        for (int v = 0; v < kBlockVectors; ++v) {
-            shrunk[v] = exponential(highest[v] - top[v]);
-            total[v] *= shrunk[v];
-            highest[v] = top[v];
         }
-        for (int64_t d = 0; d < value_dim; ++d)
+        const bool masked = limited || begin + count > tile.position + 1;
+        const bool changed = masked || how.soft_cap > 0.0f || how.alibi_slopes;
+        for (int64_t h = 0; h < tile.num_heads; ++h) {
+            const int64_t head = tile.first_head + h;
+            float* result = results + h * value_dim * kBlock;
+            Running& kept = running[h];
+            packed_block(gathered_keys, depth, turned + h * depth * kBlock, scores, kBlock, count);
+            Vector top[kBlockVectors], shrunk[kBlockVectors];
+            for (int v = 0; v < kBlockVectors; ++v) top[v] = kept.highest[v];
+            for (int64_t j = 0; j < count; ++j)
+                for (int v = 0; v < kBlockVectors; ++v) {
+                    Vector score = load(scores + j * kBlock + v * kLanes);
+                    if (changed) {
+                        const float key = static_cast<float>(begin + j);
+                        if (how.soft_cap > 0.0f) score = capped(score, how.soft_cap);
+                        if (how.alibi_slopes) score += how.alibi_slopes[head] * (key - rows[v]);
+                        if (masked) score = (rows[v] >= key) & (firsts[v] <= key) ? score : Vector{} + kHidden;
+                        put(scores + j * kBlock + v * kLanes, score);
+                    }
+                    top[v] = larger(top[v], score);
+                }
             for (int v = 0; v < kBlockVectors; ++v) {
-                float* at = result + d * kBlock + v * kLanes;
-                put(at, load(at) * shrunk[v]);
+                shrunk[v] = exponential(kept.highest[v] - top[v]);
+                kept.total[v] *= shrunk[v];
+                kept.highest[v] = top[v];
             }
-        for (int64_t j = 0; j < count; ++j)
-            for (int v = 0; v < kBlockVectors; ++v) {
-                float* at = scores + j * kBlock + v * kLanes;
-                const Vector score = load(at);
+            for (int64_t d = 0; d < value_dim; ++d)
+                for (int v = 0; v < kBlockVectors; ++v) {
+                    float* at = result + d * kBlock + v * kLanes;
+                    put(at, load(at) * shrunk[v]);
+                }
+            auto weigh = [&](int64_t j, int v) {
+                if (j >= count) return Vector{};
+                const Vector score = load(scores + j * kBlock + v * kLanes);
                 Vector weight = exponential(score - top[v]);
                 if (masked) weight = score > kHidden ? weight : Vector{};
-                total[v] += weight;
-                put(at, weight);
+                kept.total[v] += weight;
+                return weight;
+            };
+            for (int64_t j = 0; j < count; j += 2)
+                for (int v = 0; v < kBlockVectors; ++v) {
+                    const Vector one = weigh(j, v), two = weigh(j + 1, v);
+                    put_weights(weights, j, v, one, two);
+                }
+            const int64_t num_tiles = (value_dim + kBlockRows - 1) / kBlockRows;
+            for (int64_t part = 0; part < num_tiles; ++part) {
+                const int64_t d = value_dim * part / num_tiles, next = value_dim * (part + 1) / num_tiles;
+                packed_rows<kBlockRows, true>(static_cast<int>(next - d), gathered_values + d, value_dim, weights,
+                                              result + d * kBlock, kBlock, (count + kTogether - 1) / kTogether, true);
             }
-        each_block([&](int64_t place, int64_t key, int64_t some) {
-            const float* block = as_floats(values + place * value_dim, some * value_dim, room);
-            for (int64_t d = 0; d < value_dim; d += kBlockRows)
-                packed_rows<kBlockRows, true>(static_cast<int>(std::min<int64_t>(kBlockRows, value_dim - d)), block + d,
-                                              value_dim, scores + key * kBlock, result + d * kBlock, kBlock, some, true);
-        });
-        begin += count;
-    }
-    for (int v = 0; v < kBlockVectors; ++v) {
-        Vector factor = 1.0f / total[v];
-        if (how.sinks) {
-            const Vector sink = Vector{} + how.sinks[head], top = larger(highest[v], sink);
-            factor = exponential(highest[v] - top) / (total[v] * exponential(highest[v] - top) + exponential(sink - top));
-        }
-        for (int64_t d = 0; d < value_dim; ++d) {
-            float* at = result + d * kBlock + v * kLanes;
-            put(at, load(at) * factor);
         }
     }
-    for (int64_t row = 0; row < num_rows; ++row)
-        for (int64_t d = 0; d < value_dim; ++d) output[row * output_stride + d] = result[d * kBlock + row];
+    for (int64_t h = 0; h < tile.num_heads; ++h) {
+        float* result = results + h * value_dim * kBlock;
+        for (int v = 0; v < kBlockVectors; ++v) {
+            const Vector highest = running[h].highest[v], total = running[h].total[v];
+            Vector factor = 1.0f / total;
+            if (how.sinks) {
+                const Vector sink = Vector{} + how.sinks[tile.first_head + h], top = larger(highest, sink);
+                factor = exponential(highest - top) / (total * exponential(highest - top) + exponential(sink - top));
+            }
+            for (int64_t d = 0; d < value_dim; ++d) {
+                float* at = result + d * kBlock + v * kLanes;
+                put(at, load(at) * factor);
+            }
+        }
+        float* output = tile.output + h * value_dim;
+        for (int64_t row = 0; row < tile.num_rows; ++row)
+            for (int64_t d = 0; d < value_dim; ++d) output[row * output_stride + d] = result[d * kBlock + row];
+    }
 }
 
 template <class Stored>
@@ -331,21 +253,27 @@ void attend_chunks(Pool* pool, Rows query, const Stored* keys, const Stored* val
     int64_t num_tiles = 0;
     for (int64_t chunk = 0; chunk < step.num_chunks; ++chunk)
         num_tiles += (step.chunk_starts[chunk + 1] - step.chunk_starts[chunk] + kBlock - 1) / kBlock;
-    pool->run(num_tiles * shape.num_heads, [&](int64_t item) {
-        const int64_t head = item % shape.num_heads;
-        int64_t tile = num_tiles - 1 - item / shape.num_heads, chunk = 0;  // long ones first
+    const int64_t group = shape.num_heads / shape.num_kv_heads;
+    const int64_t num_parts = (group + kHeadsTogether - 1) / kHeadsTogether, num_items = shape.num_kv_heads * num_parts;
+    pool->run(num_tiles * num_items, [&](int64_t item) {
+        const int64_t kv_head = item % num_items / num_parts, part = item % num_parts;
+        int64_t number = num_tiles - 1 - item / num_items, chunk = 0;  // long ones first
         for (;; ++chunk) {
             const int64_t here = (step.chunk_starts[chunk + 1] - step.chunk_starts[chunk] + kBlock - 1) / kBlock;
-            if (tile < here) break;
-            tile -= here;
+            if (number < here) break;
+            number -= here;
         }
         const int64_t start = step.chunk_starts[chunk], query_len = step.chunk_starts[chunk + 1] - start;
-        const int64_t sequence = step.num_decodes + chunk, row = tile * kBlock;
-        const int64_t output_stride = shape.num_heads * shape.value_dim;
-        attend_tile(query.data + (start + row) * query.token_stride + head * query.head_stride, query.token_stride, keys,
-                    values, output + (start + row) * output_stride + head * shape.value_dim, output_stride,
-                    std::min<int64_t>(kBlock, query_len - row), step.lengths[sequence] - query_len + row, head,
-                    step.block_tables + sequence * step.table_stride, shape, how);
+        const int64_t sequence = step.num_decodes + chunk, row = number * kBlock;
+        Tile tile;
+        tile.position = step.lengths[sequence] - query_len + row;
+        tile.num_rows = std::min<int64_t>(kBlock, query_len - row);
+        tile.first_head = kv_head * group + group * part / num_parts;
+        tile.num_heads = kv_head * group + group * (part + 1) / num_parts - tile.first_head;
+        tile.query = query.data + (start + row) * query.token_stride + tile.first_head * query.head_stride;
+        tile.output = output + ((start + row) * shape.num_heads + tile.first_head) * shape.value_dim;
+        tile.table = step.block_tables + sequence * step.table_stride;
+        attend_tile(tile, query, keys, values, shape, how);
     });
 }
 

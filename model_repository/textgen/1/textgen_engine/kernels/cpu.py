@@ -30,9 +30,7 @@ from textgen_engine.attention.base import AttentionMetadata, Scoring
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-_INCLUDED = tuple(
-    Path(__file__).with_name(f"{name}_kernels.h") for name in ("linear", "attention", "sampling", "quantized")
-)
+_INCLUDED = tuple(sorted(_SOURCE.parent.glob("*_kernels.h")))
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno")
 _COMPILE_TIMEOUT_S = 120
 # Dimensions of heads are read in whole vectors of 16 floats.

@@ -14,6 +14,7 @@
 #include <limits>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -140,6 +141,7 @@ inline float largest(Vector value) {
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
 typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef int32_t StoredIntegers __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(4), may_alias));
 
 // e^x to about 2 units in the last place (2^n times a polynomial on +-ln(2)/2), 0 and inf replaced by the last
 // numbers within range; NaN stays NaN.

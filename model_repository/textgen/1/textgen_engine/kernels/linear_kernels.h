@@ -51,17 +51,24 @@ void packed_tile(const float* x, int64_t x_stride, const float* block, float* ou
                  bool adds) {
     Vector acc[R][kBlockVectors] = {};
     if (adds)
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
             for (int v = 0; v < kBlockVectors; ++v) acc[r][v] = load(out + r * out_stride + v * kLanes);
     for (int64_t k = 0; k < depth; ++k) {
         Vector w[kBlockVectors];
+#pragma GCC unroll 16
         for (int v = 0; v < kBlockVectors; ++v) w[v] = load(block + k * kBlock + v * kLanes);
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             const float element = Turned ? x[k * x_stride + r] : x[r * x_stride + k];
+#pragma GCC unroll 16
             for (int v = 0; v < kBlockVectors; ++v) acc[r][v] += element * w[v];
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
         for (int v = 0; v < kBlockVectors; ++v) put(out + r * out_stride + v * kLanes, acc[r][v]);
 }
 
@@ -72,19 +79,27 @@ template <int R, bool Turned>
 void packed_tile(const Pair* x, int64_t x_stride, const Pair* block, float* out, int64_t out_stride, int64_t depth,
                  bool adds) {
     __m512 acc[R][kBlockVectors];
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
         for (int v = 0; v < kBlockVectors; ++v)
             acc[r][v] = adds ? _mm512_loadu_ps(out + r * out_stride + v * kLanes) : _mm512_setzero_ps();
     for (int64_t k = 0; k < depth; ++k) {
         __m512bh w[kBlockVectors];
+#pragma GCC unroll 16
         for (int v = 0; v < kBlockVectors; ++v)
             w[v] = (__m512bh)_mm512_loadu_si512(block + k * kBlock + v * kLanes);
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const __m512bh pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[r * x_stride + k].bits));
+            const uint32_t bits = (Turned ? x[k * x_stride + r] : x[r * x_stride + k]).bits;
+            const __m512bh pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(bits));
+#pragma GCC unroll 16
             for (int v = 0; v < kBlockVectors; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], pair, w[v]);
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
         for (int v = 0; v < kBlockVectors; ++v) _mm512_storeu_ps(out + r * out_stride + v * kLanes, acc[r][v]);
 }
 #else
@@ -99,22 +114,27 @@ template <int R, bool Turned>
 void packed_tile(const Quad* x, int64_t x_stride, const Quad* block, float* out, int64_t out_stride, int64_t depth,
                  bool adds) {
 #if defined(__AVX512VNNI__)
-    __m512i acc[R][kBlockVectors];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < kBlockVectors; ++v) acc[r][v] = _mm512_setzero_si512();
+    Integers acc[R][kBlockVectors] = {};
     for (int64_t k = 0; k < depth; ++k) {
-        __m512i w[kBlockVectors];
-        for (int v = 0; v < kBlockVectors; ++v) w[v] = _mm512_loadu_si512(block + k * kBlock + v * kLanes);
+        Integers w[kBlockVectors];
+#pragma GCC unroll 16
+        for (int v = 0; v < kBlockVectors; ++v)
+            w[v] = *reinterpret_cast<const StoredIntegers*>(block + k * kBlock + v * kLanes);
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const __m512i four = _mm512_set1_epi32(static_cast<int>(x[r * x_stride + k].bits));
-            for (int v = 0; v < kBlockVectors; ++v) acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], four, w[v]);
+            const Integers four = Integers{} + static_cast<int32_t>(x[r * x_stride + k].bits);
+#pragma GCC unroll 16
+            for (int v = 0; v < kBlockVectors; ++v)  // by its name: GCC 12 keeps the intrinsic's sums in memory
+                asm("vpdpbusd %2, %1, %0" : "+v"(acc[r][v]) : "v"(four), "v"(w[v]));
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
         for (int v = 0; v < kBlockVectors; ++v) {
             float* to = out + r * out_stride + v * kLanes;
-            const __m512 sums = _mm512_cvtepi32_ps(acc[r][v]);
-            _mm512_storeu_ps(to, adds ? _mm512_add_ps(_mm512_loadu_ps(to), sums) : sums);
+            const Vector sums = __builtin_convertvector(acc[r][v], Vector);
+            put(to, adds ? load(to) + sums : sums);
         }
 #else
     for (int r = 0; r < R; ++r) {  // for the compiler to make vectors of

@@ -42,7 +42,6 @@ inline Integers shifted(Integers words, int count) {  // without the sign
     return reinterpret_cast<const Integers&>(result);
 }
 
-typedef int32_t StoredIntegers __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(4), may_alias));
 
 struct Found {
     float value;

@@ -27,7 +27,7 @@ from textgen_engine.models.quantization.linear import IntegerLinear, QuantizedLi
 _TRIAL_ROWS = 3
 # Float32 sums in another order: far less than any real difference between two layers.
 _TOLERANCE = 1e-4
-_TOLERANCE_INTEGERS = 2e-2
+_TOLERANCE_INTEGERS = 2e-2  # an activation whose last bit differs may be rounded to the next of 255 integers
 _TOLERANCE_BFLOAT16 = 3e-2  # of which the stock layer's rounding is the larger part
 
 
@@ -71,7 +71,8 @@ class Family:
             and None not in kinds
             and not any(has_hooks(module) for module in layer.modules())
             and len(found := {parameter.dtype for parameter in layer.parameters()}) == 1
-            and found <= (dtypes if kinds == {torch.nn.Linear} and not self.has_experts else {torch.float32})
+            and found
+            <= (dtypes if kinds <= {torch.nn.Linear, IntegerLinear} and not self.has_experts else {torch.float32})
         )
 
     def _parts(self) -> set[str]:
@@ -302,12 +303,33 @@ def _tried(
     memory: WeightMemory,
 ) -> FusedGatedLayer | None:
     """The fused layer, if it computes what the stock layer does."""
+    if not isinstance(layer.self_attn.q_proj, IntegerLinear):
+        is_rounded = layer.input_layernorm.weight.dtype is torch.bfloat16
+        return _compared(family, layer, kernels, scorings, memory, _TOLERANCE_BFLOAT16 if is_rounded else _TOLERANCE)
+    # In bfloat16 the stock layer rounds activations twice, to that and to integers: both are compared in float32.
+    norms = [module for module in layer.modules() if not list(module.children()) and _kind(module) is None]
+    dtype = layer.input_layernorm.weight.dtype
+    with torch.inference_mode(False):
+        for norm in norms:
+            norm.float()
+    fused = _compared(family, layer, kernels, scorings, memory, _TOLERANCE_INTEGERS)
+    if fused is None:
+        with torch.inference_mode(False):
+            for norm in norms:
+                norm.to(dtype)
+    return fused
+
+
+def _compared(
+    family: Family,
+    layer: Any,
+    kernels: CpuKernels | None,
+    scorings: Mapping[int, Scoring],
+    memory: WeightMemory,
+    tolerance: float,
+) -> FusedGatedLayer | None:
     generator = torch.Generator().manual_seed(0)
-    # An activation whose last bit differs may be rounded to the next of 255 integers.
-    tolerance = _TOLERANCE_INTEGERS if isinstance(layer.self_attn.q_proj, IntegerLinear) else _TOLERANCE
     norm: torch.Tensor = layer.input_layernorm.weight
-    if norm.dtype is torch.bfloat16:
-        tolerance = _TOLERANCE_BFLOAT16
     dim = layer.self_attn.head_dim
     x = torch.randn(1, _TRIAL_ROWS, norm.shape[0], generator=generator).to(norm.dtype)
     angles = torch.randn(1, _TRIAL_ROWS, dim // 2, generator=generator).repeat(1, 1, 2).to(norm.dtype)

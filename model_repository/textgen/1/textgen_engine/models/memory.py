@@ -1,4 +1,4 @@
-"""Memory for weights: huge pages that many tensors share and that each gives back when it goes.
+"""Memory for weights, and for the KV cache: huge pages that many tensors share and that each gives back when it goes.
 
 The first touch of an ordinary page costs more than the copy of what comes into it, and weights read in ordinary pages
 make the processor look up an address for every 4 KiB. The system gives huge pages (2 MiB) to mappings that ask for
