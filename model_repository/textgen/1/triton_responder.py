@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Asking Triton whether one request was cancelled costs about 35 microseconds; the poller rests so much longer than it
-# works that it never takes more than this share of a core.
+# Asking Triton whether one request was cancelled costs about 35 microseconds. A request can only end between two steps,
+# so it is asked for once a step, and the poller rests so much longer than it works that it never takes more than this
+# share of a core; while no step ends (a long one, a queue that waits), after this long.
 _POLL_INTERVAL_S = 0.01
+_LONGEST_POLL_INTERVAL_S = 0.1
 _POLL_SHARE = 0.1
 
 
@@ -85,7 +87,9 @@ class Responder:
         self._changed = threading.Condition()
         self._live: dict[str, LiveRequest] = {}
         self._news: set[LiveRequest] = set()  # requests with something to send
+        self._has_reported = False
         self._stopping = False
+        self._stopped = threading.Event()
         self._threads = [
             threading.Thread(target=self._send_loop, name="sender", daemon=True),
             threading.Thread(target=self._poll_loop, name="cancellation-poller", daemon=True),
@@ -106,6 +110,7 @@ class Responder:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
+        self._stopped.set()
         for thread in self._threads:
             thread.join(5.0)
 
@@ -149,6 +154,7 @@ class Responder:
         """Take in one step's outputs; returns the requests that are now answered in full, or by an error."""
         completed = []
         with self._changed:
+            self._has_reported = True
             for output in report.outputs:
                 live = self._live.get(output.request_id)
                 if live is None or live.is_complete:
@@ -280,8 +286,11 @@ class Responder:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or self._live)
-                if self._changed.wait_for(lambda: self._stopping, rest_s):
-                    return
+            if self._stopped.wait(rest_s):
+                return
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping or self._has_reported, _LONGEST_POLL_INTERVAL_S - rest_s)
+                self._has_reported = False
                 live_requests = [live for live in self._live.values() if not live.cancelled and not live.is_complete]
             begun_s = time.monotonic()
             for live in live_requests:

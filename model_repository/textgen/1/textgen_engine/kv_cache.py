@@ -35,8 +35,8 @@ def cache_dtype(config: CacheConfig, dtype: torch.dtype) -> torch.dtype:
 class KVCache:
     """`keys[layer]` and `values[layer]`: [num_blocks, num_kv_heads, block_size, head_dim or value_dim].
 
-    The tensors are zeroed at once, so that their memory is really there before the first request comes. On a CPU they lie
-    in huge pages: attention reads blocks here and there, and would wait for addresses more than for what lies there.
+    The tensors are zeroed at once, so that their memory is really there before the first request comes. On a CPU they
+    lie in huge pages: attention reads blocks here and there, and would wait for addresses more than for what is there.
 
     has_scratch: they have one block more, scratch_block, for what is written and never read; no sequence owns it.
     """

@@ -66,6 +66,8 @@ class Family:
         if own - {"mlp.act_fn"} != self._parts():
             return False
         kinds = {_kind(children[name]) for name in own if name.endswith("_proj")}
+        if self.has_experts or not kinds <= {torch.nn.Linear, IntegerLinear}:
+            dtypes = {torch.float32}
         return (
             len(kinds) == 1
             and None not in kinds
