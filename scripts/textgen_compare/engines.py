@@ -423,7 +423,7 @@ def all_engines(setting: Setting) -> list[Engine]:
         LlamaCppEngine(setting),
         TransformersEngine(setting),
         CTranslate2Engine(setting),
-        TextgenEngine(setting, precision="int8", options={"QUANTIZE": "int8"}),
+        TextgenEngine(setting, precision="int8", options={"QUANTIZE": "int8", "DTYPE": _own_choice()}),
         OpenVinoInt8Engine(setting),
     ]
 

@@ -265,7 +265,15 @@ inline Inputs<Quad> as_inputs(Pool* pool, const float* x, int64_t num_rows, int6
         scales[row] = all / 127.0f;
         const float factor = all > 0.0f ? 127.0f / all : 0.0f;
         uint8_t* to = reinterpret_cast<uint8_t*>(quads + row * size);
-        for (int64_t k = 0; k < depth; ++k) {
+        int64_t k = 0;
+#if defined(__AVX512F__)
+        for (; k + kLanes <= depth; k += kLanes) {  // rounded as below
+            const __m512i whole = _mm512_cvtps_epi32((__m512)(load(from + k) * factor));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k),
+                             _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128))));
+        }
+#endif
+        for (; k < depth; ++k) {
             const float rounded = (from[k] * factor + 12582912.0f) - 12582912.0f;  // to the nearest, ties to even
             to[k] = static_cast<uint8_t>(static_cast<int32_t>(rounded) + 128);
         }
@@ -281,13 +289,18 @@ void linear_block(const Linear& linear, int64_t num_outputs, const Inputs<Elemen
     const int64_t column = block * kBlock, width = std::min<int64_t>(kBlock, num_outputs - column);
     const Element* packed = static_cast<const Element*>(linear.packed) + column * inputs.depth;
     packed_block(inputs.rows + first * inputs.depth, inputs.depth, packed, to, stride, num_rows);
-    for (int64_t row = 0; row < num_rows && (linear.scales || linear.bias); ++row)
-        for (int64_t i = 0; i < width; ++i) {
-            float value = to[row * stride + i];
-            if (linear.scales)
-                value = (value - linear.offsets[column + i]) * inputs.scales[first + row] * linear.scales[column + i];
-            to[row * stride + i] = linear.bias ? value + linear.bias[column + i] : value;
+    if (!linear.scales && !linear.bias) return;
+    for (int64_t i = 0; i < width; i += kLanes) {
+        const int64_t some = std::min<int64_t>(kLanes, width - i);
+        const Vector scale = linear.scales ? load_some(linear.scales + column + i, some) : Vector{} + 1.0f;
+        const Vector offset = linear.scales ? load_some(linear.offsets + column + i, some) : Vector{};
+        const Vector bias = linear.bias ? load_some(linear.bias + column + i, some) : Vector{};
+        for (int64_t row = 0; row < num_rows; ++row) {
+            float* at = to + row * stride + i;  // a whole block wide
+            const float of_row = linear.scales ? inputs.scales[first + row] : 1.0f;
+            put(at, (load(at) - offset) * of_row * scale + bias);
         }
+    }
 }
 
 // out [num_rows, num_outputs] = x @ weight^T (+ bias) (+ residual).
