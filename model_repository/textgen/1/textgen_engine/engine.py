@@ -168,6 +168,7 @@ class Engine:
             device=loaded.device,
             has_scratch=bool(config.model.graph_sizes),
         )
+        cache.populate()
         self._blocks = BlockManager(
             num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching, window=loaded.window
         )

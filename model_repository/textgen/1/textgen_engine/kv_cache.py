@@ -5,6 +5,7 @@ Block ids and who owns them belong to block_manager.py.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import torch
 
 from textgen_engine.config import CacheConfig
 from textgen_engine.errors import ModelLoadError
-from textgen_engine.models.memory import WeightMemory
+from textgen_engine.models.memory import WeightMemory, populate
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ def cache_dtype(config: CacheConfig, dtype: torch.dtype) -> torch.dtype:
 class KVCache:
     """`keys[layer]` and `values[layer]`: [num_blocks, num_kv_heads, block_size, head_dim or value_dim].
 
-    The tensors are zeroed at once, so that their memory is really there before the first request comes. On a CPU they
-    lie in huge pages: attention reads blocks here and there, and would wait for addresses more than for what is there.
+    The tensors are zeros. On a CPU they lie in huge pages: attention reads blocks here and there, and would wait for
+    addresses more than for what is there. Their memory comes with its first use, or by populate().
 
     has_scratch: they have one block more, scratch_block, for what is written and never read; no sequence owns it.
     """
@@ -55,25 +56,41 @@ class KVCache:
         self.block_size = block_size
         self.scratch_block = num_blocks if has_scratch else None
         total = num_blocks + has_scratch
-        memory = WeightMemory() if device.type == "cpu" else None
-
-        def zeros(heads: int, dim: int) -> torch.Tensor:
-            shape = (total, heads, block_size, dim)
-            tensor = torch.empty(shape, dtype=dtype, device=device) if memory is None else memory.empty(shape, dtype)
-            return tensor.zero_()
-
+        shapes = [
+            (total, shape.num_kv_heads, block_size, dim)
+            for shape in layers
+            for dim in (shape.head_dim, shape.value_dim)
+        ]
         try:
-            self.keys = [zeros(shape.num_kv_heads, shape.head_dim) for shape in layers]
-            self.values = [zeros(shape.num_kv_heads, shape.value_dim) for shape in layers]
+            tensors = _zeros(shapes, dtype, device)
         except (RuntimeError, MemoryError, OSError) as error:
             size = num_blocks * block_size * sum(s.bytes_per_token(dtype) for s in layers)
             raise ModelLoadError(
                 f"not enough memory for a KV cache of {num_blocks * block_size} tokens ({size / 2**30:.1f} GiB); "
                 f"lower MAX_BATCH_TOTAL_TOKENS"
             ) from error
+        self.keys, self.values = tensors[::2], tensors[1::2]
+
+    def populate(self) -> None:
+        """Have the system give the whole cache its memory, on a thread of its own: it takes a second per GiB or more,
+        for which nobody needs to wait."""
+
+        def work() -> None:
+            for tensor in (*self.keys, *self.values):
+                if tensor.device.type == "cpu":
+                    populate(tensor)
+
+        threading.Thread(target=work, name="kv-cache-memory", daemon=True).start()
 
     def copy_blocks(self, copies: Iterable[tuple[int, int]]) -> None:
         """Copy whole blocks (source, destination), in the order given."""
         for source, destination in copies:
             for tensor in (*self.keys, *self.values):
                 tensor[destination].copy_(tensor[source])
+
+
+def _zeros(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    if device.type != "cpu":
+        return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+    memory = WeightMemory()
+    return [memory.zeros(shape, dtype) for shape in shapes]

@@ -24,6 +24,8 @@ _ARENA_BYTES = 64 << 20
 _HUGE_PAGE_BYTES = 2 << 20
 # What torch itself aligns to, and the kernels with it.
 _ALIGNMENT = 64
+_MADV_POPULATE_WRITE = 23
+_POPULATED_TOGETHER = 16 << 20  # others who want memory wait so long
 # So little is not worth a place: it would only keep others' pages.
 _LEAST_BYTES = 16 << 10
 _LEAST_MAPPED_BYTES = 1 << 20
@@ -51,6 +53,11 @@ class WeightMemory:
         place = _Place(self._arena, self._used, num_bytes)
         self._used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         return torch.frombuffer(place.buffer, dtype=torch.uint8).view(dtype).view(shape)
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The same, of zeros, without touching what an arena gives, which is zeros by itself."""
+        tensor = self.empty(shape, dtype)
+        return tensor.zero_() if tensor.nbytes < _LEAST_BYTES else tensor
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same values in memory from here."""
@@ -148,3 +155,14 @@ def _map(num_bytes: int) -> mmap.mmap:
     with contextlib.suppress(OSError):  # a kernel without huge pages
         arena.madvise(mmap.MADV_HUGEPAGE)
     return arena
+
+
+def populate(tensor: torch.Tensor) -> None:
+    """Have the system give a tensor all its memory now, which otherwise comes with the first use of each page. What is
+    in it stays, so that others may write to it meanwhile. Does nothing where the system cannot (Linux before 5.14)."""
+    madvise = ctypes.CDLL(None).madvise  # other threads go on while it runs
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    for start in range(first, end, _POPULATED_TOGETHER):
+        madvise(start, min(_POPULATED_TOGETHER, end - start), _MADV_POPULATE_WRITE)

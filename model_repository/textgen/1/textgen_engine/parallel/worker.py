@@ -99,6 +99,7 @@ def serve(
                 device=loaded.device,
                 has_scratch=message.has_scratch,
             )
+            cache.populate()
             runner = ModelRunner(loaded, backend, cache, adapters, collectives)
         elif isinstance(message, CaptureGraphs):
             assert runner is not None
