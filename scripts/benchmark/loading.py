@@ -29,8 +29,8 @@ import torch  # noqa: E402
 from textgen_coverage.page import LOADING, PAGE, render  # noqa: E402
 from textgen_coverage.shapes import processor  # noqa: E402
 from textgen_engine.kernels.cpu import CpuKernels, load_kernels  # noqa: E402
+from textgen_engine.mapped_memory import MappedFiles, WeightMemory  # noqa: E402
 from textgen_engine.models.checkpoint import find_checkpoint  # noqa: E402
-from textgen_engine.models.memory import MappedFiles, WeightMemory  # noqa: E402
 from textgen_engine.models.weights import WeightReader  # noqa: E402
 
 _BUFFER_BYTES = 4 << 20

@@ -21,9 +21,9 @@ from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.config import ModelConfig
 from textgen_engine.errors import ModelLoadError
 from textgen_engine.kernels.cpu import load_kernels
+from textgen_engine.mapped_memory import MappedFiles, WeightMemory
 from textgen_engine.models.checkpoint import find_checkpoint
 from textgen_engine.models.loader import LoadedModel, load_model, read_model
-from textgen_engine.models.memory import MappedFiles, WeightMemory
 from textgen_engine.models.weights import WeightReader
 
 from ..tiny import FAMILIES, make_tokenizer, save_checkpoint

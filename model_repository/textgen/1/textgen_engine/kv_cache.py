@@ -13,7 +13,7 @@ import torch
 
 from textgen_engine.config import CacheConfig
 from textgen_engine.errors import ModelLoadError
-from textgen_engine.models.memory import WeightMemory, populate
+from textgen_engine.mapped_memory import WeightMemory, populate
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class KVCache:
         self.block_size = block_size
         self.scratch_block = num_blocks if has_scratch else None
         total = num_blocks + has_scratch
-        shapes = [
+        shapes: list[tuple[int, ...]] = [
             (total, shape.num_kv_heads, block_size, dim)
             for shape in layers
             for dim in (shape.head_dim, shape.value_dim)

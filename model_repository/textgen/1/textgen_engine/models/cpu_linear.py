@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from textgen_engine.kernels.cpu import CpuKernels, PackedWeight
-from textgen_engine.models.memory import WeightMemory
+from textgen_engine.mapped_memory import WeightMemory
 
 # Between these numbers of rows the turned product was faster for every layer shape tried (weights of 576 x 960 up to
 # 576 x 49152, two cores with AVX-512, MKL): at 8 rows by 1.2 to 1.6 times, at 16 and 32 by 2 to 2.7. Outside them the

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from textgen_engine.kernels.cpu import CpuKernels, PackedWeight
+from textgen_engine.mapped_memory import WeightMemory
 from textgen_engine.models.cpu_linear import has_hooks
-from textgen_engine.models.memory import WeightMemory
 
 _TOLERANCE = 1e-4
 _TRIAL_ROWS = 5

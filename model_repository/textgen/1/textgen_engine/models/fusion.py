@@ -20,8 +20,8 @@ from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, A
 from textgen_engine.attention.bridge import STEP_ATTRIBUTE
 from textgen_engine.attention.compiled import CompiledBackend
 from textgen_engine.kernels.cpu import Activation, CpuKernels, GatedLayer, StepTables
+from textgen_engine.mapped_memory import WeightMemory
 from textgen_engine.models.cpu_linear import JoinedLinears, PackedLinear, has_hooks
-from textgen_engine.models.memory import WeightMemory
 from textgen_engine.models.quantization.linear import IntegerLinear, QuantizedLinear
 
 _TRIAL_ROWS = 3

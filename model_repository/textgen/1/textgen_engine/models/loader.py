@@ -23,6 +23,7 @@ from textgen_engine.errors import ModelLoadError
 from textgen_engine.host_memory import available_bytes, return_freed
 from textgen_engine.kernels.cpu import CpuKernels
 from textgen_engine.kv_cache import LayerShape
+from textgen_engine.mapped_memory import MappedFiles
 from textgen_engine.models.checkpoint import Checkpoint, find_checkpoint
 from textgen_engine.models.cpu_linear import replace_linears
 from textgen_engine.models.dense import DENSE_LAYERS, DenseFallback
@@ -31,7 +32,6 @@ from textgen_engine.models.experts import replace_experts
 from textgen_engine.models.families import PREPARATIONS
 from textgen_engine.models.fusion import fuse_layers
 from textgen_engine.models.gpu_layers import fuse_gpu_layers, triton_kernels
-from textgen_engine.models.memory import MappedFiles
 from textgen_engine.models.quantization.hooks import QuantizationHooks, checkpoint_settings, choose_method
 from textgen_engine.models.quantization.linear import IntegerLinear
 from textgen_engine.models.sharded_reading import PartHooks

@@ -29,7 +29,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from textgen_engine.errors import ModelLoadError
-from textgen_engine.models.memory import MappedFiles, WeightMemory
+from textgen_engine.mapped_memory import MappedFiles, WeightMemory
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from textgen_engine.kernels.cpu import CpuKernels, PackedWeight
-from textgen_engine.models.memory import WeightMemory
+from textgen_engine.mapped_memory import WeightMemory
 
 # As many weights are dequantized at a time.
 _PIECE_WEIGHTS = 4 << 20
