@@ -450,11 +450,14 @@ def main(file_descriptor: int) -> int:
     assert isinstance(config, EngineConfig)
     configure_logging(config.log_level, as_json=config.json_output, source="textgen engine")
 
-    # What is imported and loaded stays: the collector would go through all of it again and again, now and later.
+    # What is imported stays: the collector would go through all of it again and again, now and later.
     gc.disable()
     # Here, so that the caller's process never imports torch.
     from textgen_engine.engine import Engine
     from textgen_engine.parallel.launch import RankProcesses, Ranks
+
+    gc.freeze()
+    gc.enable()
 
     sending = threading.Lock()
 
@@ -490,8 +493,8 @@ def main(file_descriptor: int) -> int:
             ranks.close()
         answer(error if isinstance(error, ConfigError) else ModelLoadError(reason))
         return 1
+    gc.collect()
     gc.freeze()
-    gc.enable()
     answer(engine.info)
 
     def read() -> None:
