@@ -34,5 +34,6 @@ def test_processes_that_start_together_compile_once(tmp_path: Path, monkeypatch:
 
 def test_every_file_that_is_compiled_is_in_the_name() -> None:
     """Or a change in one would go unnoticed."""
-    included = set(re.findall(r'^#include "(.*)"', cpu._SOURCE.read_text(), re.MULTILINE))
+    sources = "".join(path.read_text() for path in (cpu._SOURCE, *cpu._INCLUDED))
+    included = set(re.findall(r'^#include "(.*)"', sources, re.MULTILINE))
     assert included == {path.name for path in cpu._INCLUDED}

@@ -92,13 +92,16 @@ inline void turn_query(const float* query, int64_t token_stride, int64_t num_row
 }
 
 inline void turn_query(const float* query, int64_t token_stride, int64_t num_rows, int64_t dim, float scale, Pair* to) {
+    static thread_local std::vector<float> room;
+    if (static_cast<int64_t>(room.size()) < 2 * dim) room.resize(2 * dim);
+    float* scaled = room.data();
+    Half* rounded = reinterpret_cast<Half*>(scaled + dim);
     std::fill(to, to + dim / 2 * kBlock, Pair{0});
-    for (int64_t row = 0; row < num_rows; ++row)
-        for (int64_t d = 0; d < dim; d += 2) {
-            const float* from = query + row * token_stride + d;
-            to[d / 2 * kBlock + row].bits =
-                static_cast<uint32_t>(to_bfloat16(from[1] * scale)) << 16 | to_bfloat16(from[0] * scale);
-        }
+    for (int64_t row = 0; row < num_rows; ++row) {
+        for (int64_t d = 0; d < dim; ++d) scaled[d] = query[row * token_stride + d] * scale;
+        round_row(scaled, rounded, dim);
+        for (int64_t pair = 0; pair < dim / 2; ++pair) std::memcpy(to + pair * kBlock + row, rounded + 2 * pair, sizeof(Pair));
+    }
 }
 
 inline void put_weights(float* to, int64_t j, int64_t vector, Vector one, Vector two) {
@@ -209,7 +212,8 @@ void attend_tile(const Tile& tile, Rows query, const Stored* keys, const Stored*
             auto weigh = [&](int64_t j, int v) {
                 if (j >= count) return Vector{};
                 const Vector score = load(scores + j * kBlock + v * kLanes);
-                Vector weight = exponential(score - top[v]);
+                Vector weight =
+                    kTogether == 2 ? rough_exponential(score - top[v]) : exponential(score - top[v]);
                 if (masked) weight = score > kHidden ? weight : Vector{};
                 kept.total[v] += weight;
                 return weight;

@@ -147,10 +147,16 @@ typedef int32_t StoredIntegers __attribute__((vector_size(kLanes * sizeof(int32_
 // numbers within range; NaN stays NaN.
 inline Vector exponential(Vector x) {
     const Vector zero = {};
+#if defined(__AVX512F__)
+    x = (Vector)_mm512_max_ps((__m512)(zero - 87.0f), (__m512)x);  // of these the second is the result where it is NaN
+    x = (Vector)_mm512_min_ps((__m512)(zero + 88.0f), (__m512)x);
+    const Vector n = (Vector)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT);
+#else
     x = x < -87.0f ? zero - 87.0f : x;
     x = x > 88.0f ? zero + 88.0f : x;
     const Vector magic = zero + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
     const Vector n = (x * 1.44269504088896341f + magic) - magic;
+#endif
     const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     Vector p = zero + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -158,9 +164,30 @@ inline Vector exponential(Vector x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    p = p * (r * r) + (r + 1.0f);
+#if defined(__AVX512F__)
+    return (Vector)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     const Integers bits = (__builtin_convertvector(n, Integers) + 127) << 23;
     return p * reinterpret_cast<const Vector&>(bits);
+#endif
+}
+
+// The same to 6 parts in a million, for what is rounded to bfloat16, which keeps 4 in a thousand; x at most 0.
+inline Vector rough_exponential(Vector x) {
+#if defined(__AVX512F__)
+    const Vector scaled = x * 1.44269504088896341f;
+    const Vector n = (Vector)_mm512_roundscale_ps((__m512)scaled, _MM_FROUND_TO_NEAREST_INT);
+    const Vector f = scaled - n;
+    Vector p = Vector{} + 9.554104879e-3f;  // 2^f, of least relative error on +-1/2
+    p = p * f + 5.587041005e-2f;
+    p = p * f + 2.402469665e-1f;
+    p = p * f + 6.931280494e-1f;
+    p = p * f + 9.999994636e-1f;
+    return (Vector)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return exponential(x);
+#endif
 }
 
 // Calls change(first, count) for runs of one vector, the last one shorter.

@@ -179,7 +179,7 @@ class PairDecode {
         query_ = reinterpret_cast<uint32_t*>(room);
         sums_ = room + num_heads * runs(dim_) * kLanes;
         scores_ = sums_ + num_heads * runs(value_dim_) * kRun;
-        weights_ = reinterpret_cast<uint16_t*>(scores_ + num_heads * count);
+        weights_ = reinterpret_cast<Half*>(scores_ + num_heads * count);
         std::fill(sums_, scores_, 0.0f);
     }
 
@@ -187,13 +187,13 @@ class PairDecode {
         for (int64_t run = 0; run < runs(dim_); ++run) {
             float scaled[kRun] = {};
             for (int64_t d = 0; d < std::min(kRun, dim_ - run * kRun); ++d) scaled[d] = query[run * kRun + d] * scale;
-            put_rounded(scaled, reinterpret_cast<uint16_t*>(query_ + (head * runs(dim_) + run) * kLanes), kRun);
+            round_row(scaled, reinterpret_cast<Half*>(query_ + (head * runs(dim_) + run) * kLanes), kRun);
         }
     }
 
     float* scores(int64_t head) { return scores_ + head * count_; }
 
-    void take_weights(int64_t head) { put_rounded(scores(head), weights_ + head * count_, count_); }
+    void take_weights(int64_t head) { round_row(scores(head), weights_ + head * count_, count_); }
 
     template <int H>
     void score(int64_t head, const uint16_t* keys, const uint16_t* next, int64_t key, int64_t some) {
@@ -256,7 +256,7 @@ class PairDecode {
                 const __m512bh second = (__m512bh)_mm512_unpackhi_epi16(one, two);
 #pragma GCC unroll 4
                 for (int h = 0; h < H; ++h) {
-                    const uint16_t* at = weights_ + (head + h) * count_ + key + j;
+                    const Half* at = weights_ + (head + h) * count_ + key + j;
                     const uint32_t bits = at[0] | (both ? static_cast<uint32_t>(at[1]) << 16 : 0);
                     const __m512bh weight = (__m512bh)_mm512_set1_epi32(static_cast<int>(bits));
                     low[h] = _mm512_dpbf16_ps(low[h], weight, first);
@@ -283,18 +283,10 @@ class PairDecode {
   private:
     static int64_t runs(int64_t dim) { return (dim + kRun - 1) / kRun; }
 
-    static void put_rounded(const float* from, uint16_t* to, int64_t count) {
-        for (int64_t i = 0; i < count; i += kLanes) {
-            const __mmask16 mask = count - i >= kLanes ? 0xffff : (1 << (count - i)) - 1;
-            const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from + i));
-            _mm256_mask_storeu_epi16(to + i, mask, (__m256i)rounded);
-        }
-    }
-
     int64_t dim_, value_dim_, count_;
     uint32_t* query_;
     float *sums_, *scores_, *output_;
-    uint16_t* weights_;
+    Half* weights_;
 };
 
 template <class Stored>

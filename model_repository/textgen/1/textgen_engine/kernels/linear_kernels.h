@@ -215,6 +215,17 @@ inline uint16_t to_bfloat16(float value) {  // to the nearest, ties to even
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+typedef uint16_t Half __attribute__((may_alias));  // of a Pair
+
+inline void round_row(const float* from, Half* to, int64_t count) {
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    for (; i + kLanes <= count; i += kLanes)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+#endif
+    for (; i < count; ++i) to[i] = to_bfloat16(from[i]);
+}
+
 inline float from_bfloat16(uint16_t value) {
     const uint32_t bits = static_cast<uint32_t>(value) << 16;
     float result;
@@ -236,16 +247,8 @@ inline Inputs<Pair> as_inputs(Pool* pool, const float* x, int64_t num_rows, int6
     const int64_t size = elements_of(depth, kind);
     Pair* pairs = static_cast<Pair*>(pool->elements(num_rows * size));
     by_rows(pool, num_rows, [&](int64_t row) {
-        const float* from = x + row * depth;
-        int64_t k = 0;
-#if defined(__AVX512BF16__)
-        for (; k + kLanes <= depth; k += kLanes)
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(pairs + row * size + k / 2),
-                                (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + k)));
-#endif
-        for (; k < depth; k += 2)
-            pairs[row * size + k / 2].bits =
-                (k + 1 < depth ? static_cast<uint32_t>(to_bfloat16(from[k + 1])) << 16 : 0) | to_bfloat16(from[k]);
+        round_row(x + row * depth, reinterpret_cast<Half*>(pairs + row * size), depth);
+        if (depth % 2) pairs[(row + 1) * size - 1].bits &= 0xffff;
     });
     return {pairs, nullptr, size};
 }
