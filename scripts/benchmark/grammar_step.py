@@ -285,9 +285,10 @@ def main(
         tokenizer = AutoTokenizer.from_pretrained(model)
         names = tuple(filter(None, backends.split(","))) or config.grammar.backends
         results["masks"] = _mask_costs(tokenizer, names, engine.info.eos_token_ids, engine.info.vocab_size, batch)
+        step = results["free and constrained steps"]["free"] if losses else results["decode_step"]
         for cost in results["masks"].values():
             if isinstance(cost, dict):
-                cost["share_of_step"] = cost["median_ms"] / results["decode_step"]["median_ms"]
+                cost["share_of_step"] = cost["median_ms"] / step["median_ms"]
     text = json.dumps(results, indent=2)
     print(text)
     if output is not None:

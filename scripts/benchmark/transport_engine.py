@@ -22,7 +22,7 @@ _DEFAULT_NEW_TOKENS = 64
 class Engine:
     """The interface of the real one, as process.py uses it."""
 
-    def __init__(self, config: EngineConfig, emit: Callable[[StepReport], None]) -> None:
+    def __init__(self, config: EngineConfig, emit: Callable[[StepReport], None], ranks: object = None) -> None:
         self.info = EngineInfo(
             vocab_size=49152,
             max_input_tokens=8191,
