@@ -180,8 +180,7 @@ class Responder:
                     completed.append(live)
                 if live.options.stream or live.is_complete:
                     self._news.add(live)
-            if self._news:
-                self._changed.notify_all()
+            self._changed.notify_all()
         return completed
 
     # ---- the sender's thread -----------------------------------------------------------------------------------

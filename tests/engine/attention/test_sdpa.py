@@ -201,6 +201,17 @@ def test_what_layers_ask_for_of_a_cache_in_bfloat16(kind: str) -> None:
 
 
 @pytest.mark.parametrize("is_rounded", [False, True])
+def test_what_overflows_is_stored_as_a_number(is_rounded: bool) -> None:
+    """A weight of 0 times it must be 0 for whoever may not see it."""
+    step = make_step([(6, 6)], heads=2, kv_heads=1)
+    step = in_bfloat16(step) if is_rounded else step
+    step.value[5] = torch.tensor([math.inf, -math.inf, math.nan, 3.4e38] * 4)
+    found = run(step, Scoring(0.25), compiled)
+    assert torch.isfinite(step.metadata.values[0].float()).all()
+    assert torch.isfinite(found[:5]).all()
+
+
+@pytest.mark.parametrize("is_rounded", [False, True])
 def test_a_decode_is_the_same_in_any_batch(is_rounded: bool) -> None:
     """To the last bit, though many sequences are dealt to the threads otherwise than few."""
     step = make_step(MIXES["many decodes"], heads=6, kv_heads=3)

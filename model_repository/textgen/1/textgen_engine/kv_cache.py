@@ -5,7 +5,6 @@ Block ids and who owns them belong to block_manager.py.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -72,15 +71,11 @@ class KVCache:
         self.keys, self.values = tensors[::2], tensors[1::2]
 
     def populate(self) -> None:
-        """Have the system give the whole cache its memory, on a thread of its own: it takes a second per GiB or more,
-        for which nobody needs to wait."""
-
-        def work() -> None:
-            for tensor in (*self.keys, *self.values):
-                if tensor.device.type == "cpu":
-                    populate(tensor)
-
-        threading.Thread(target=work, name="kv-cache-memory", daemon=True).start()
+        """Have the system give the whole cache its memory, which takes a second per GiB or more. Others may use the
+        cache meanwhile."""
+        for tensor in (*self.keys, *self.values):
+            if tensor.device.type == "cpu":
+                populate(tensor)
 
     def copy_blocks(self, copies: Iterable[tuple[int, int]]) -> None:
         """Copy whole blocks (source, destination), in the order given."""

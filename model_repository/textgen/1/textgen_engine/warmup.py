@@ -69,6 +69,7 @@ def measure_largest_step(
         dtype=cache_dtype(cache_config, loaded.dtype),
         device=loaded.device,
     )
+    cache.populate()  # it is not the step that takes this memory
     runner = ModelRunner(loaded, backend, cache, ranks=ranks)
 
     def largest_steps() -> None:

@@ -1,12 +1,11 @@
-// Attention over the paged cache [blocks, kv_heads, block_size, dim], keys and values where they lie, in float32 or
-// bfloat16 (a `Stored`, turned into floats as it is read).
+// Attention over the paged cache [blocks, kv_heads, block_size, dim], keys and values in float32 or bfloat16 (`Stored`).
 //
 // Sequences with one query are decode_kernels.h's. Chunks of prompts: kBlock query rows of one head stand side by side in
 // the lanes of vectors, keys come one by one, and maximum, sum and result are kept as the keys go by (online softmax, as
 // in FlashAttention), so that nothing is added across lanes and no matrix of scores is ever whole. Keys and values of
 // bfloat16 are multiplied as they are, by queries and weights in bfloat16, where the processor can; sums are float32.
 
-// The layout of these three is known to cpu.py.
+// The layout of these structures is known to cpu.py.
 struct Scoring {
     float scale, soft_cap;  // soft_cap 0: none
     int64_t window, chunk;  // 0: none
@@ -46,6 +45,16 @@ inline int64_t first_visible(int64_t position, const Scoring& how) {
 
 inline void put_stored(float* to, float value) { *to = value; }
 inline void put_stored(uint16_t* to, float value) { *to = to_bfloat16(value); }
+
+inline float most_of(const float*) { return 3.4028234663852886e38f; }
+inline float most_of(const uint16_t*) { return 3.3895313892515355e38f; }
+
+// What is no number as 0, infinities as the largest that the cache holds.
+template <class Stored>
+inline float finite(float value, const Stored* stored) {
+    if (std::isnan(value)) return 0.0f;
+    return std::min(std::max(value, -most_of(stored)), most_of(stored));
+}
 
 #include "decode_kernels.h"
 
@@ -214,7 +223,7 @@ void attend_tile(const Tile& tile, Rows query, const Stored* keys, const Stored*
                 const Vector score = load(scores + j * kBlock + v * kLanes);
                 Vector weight =
                     kTogether == 2 ? rough_exponential(score - top[v]) : exponential(score - top[v]);
-                if (masked) weight = score > kHidden ? weight : Vector{};
+                if (masked) weight = score == kHidden ? Vector{} : weight;
                 kept.total[v] += weight;
                 return weight;
             };
@@ -290,7 +299,7 @@ void store_rows(Pool* pool, Rows rows, Stored* cache, const Step& step, int64_t 
         for (int64_t head = 0; head < num_heads; ++head) {
             const float* from = rows.data + token * rows.token_stride + head * rows.head_stride;
             Stored* to = cache + ((step.slot_blocks[token] * num_heads + head) * block_size + step.slot_offsets[token]) * dim;
-            for (int64_t d = 0; d < dim; ++d) put_stored(to + d, only_finite ? finite(from[d]) : from[d]);
+            for (int64_t d = 0; d < dim; ++d) put_stored(to + d, only_finite ? finite(from[d], to) : from[d]);
         }
     });
 }

@@ -3,7 +3,8 @@ cpu_kernels.cpp, and the way to them.
 
 `load_kernels()` answers None where no C++ compiler is found or the compiled code cannot be used; callers then take
 PyTorch's operations, which are also what the tests compare with: `linear` with torch.nn.functional.linear, `attend`
-with attention/paging.py and attention/sdpa.py, `layer` with models/fusion.py, all up to the order of float32 additions.
+with attention/paging.py and attention/sdpa.py, `layer` with models/fusion.py, all up to the order of float32 additions,
+and, over a cache in bfloat16, up to the rounding of queries and softmax weights to it.
 """
 
 from __future__ import annotations

@@ -115,9 +115,9 @@ class Pool {
 // ---- vectors --------------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kTileRows = 6, kTileOutputs = 4;  // 24 accumulators of 32 registers
+constexpr int kLanes = 16;
 #else
-constexpr int kLanes = 8, kTileRows = 3, kTileOutputs = 3;  // 9 accumulators of 16 registers
+constexpr int kLanes = 8;
 #endif
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
 
@@ -176,6 +176,8 @@ inline Vector exponential(Vector x) {
 // The same to 6 parts in a million, for what is rounded to bfloat16, which keeps 4 in a thousand; x at most 0.
 inline Vector rough_exponential(Vector x) {
 #if defined(__AVX512F__)
+    // Of these the second is the result where it is NaN.
+    x = (Vector)_mm512_max_ps((__m512)(Vector{} - 1e4f), (__m512)x);
     const Vector scaled = x * 1.44269504088896341f;
     const Vector n = (Vector)_mm512_roundscale_ps((__m512)scaled, _MM_FROUND_TO_NEAREST_INT);
     const Vector f = scaled - n;
@@ -209,11 +211,6 @@ inline void put_some(float* to, Vector value, int64_t count) {
 }
 
 #include "linear_kernels.h"
-
-inline float finite(float value) {
-    if (std::isnan(value)) return 0.0f;
-    return std::min(std::max(value, -3.4028234663852886e38f), 3.4028234663852886e38f);
-}
 
 #include "attention_kernels.h"
 

@@ -259,12 +259,13 @@ inline Inputs<Quad> as_inputs(Pool* pool, const float* x, int64_t num_rows, int6
     float* scales = reinterpret_cast<float*>(quads + num_rows * size);
     by_rows(pool, num_rows, [&](int64_t row) {  // to integers of -127 to 127, stored with 128 added
         const float* from = x + row * depth;
-        Vector most = {};
+        Vector most = {}, wrong = {};
         by_vectors(depth, [&](int64_t k, int64_t some) {
             const Vector value = load_some(from + k, some);
             most = larger(most, larger(value, -value));
+            wrong += value * 0.0f;  // what is no number must not become one
         });
-        const float all = largest(most);
+        const float all = largest(most) + sum(wrong);
         scales[row] = all / 127.0f;
         const float factor = all > 0.0f ? 127.0f / all : 0.0f;
         uint8_t* to = reinterpret_cast<uint8_t*>(quads + row * size);

@@ -73,8 +73,7 @@ class Family:
             and None not in kinds
             and not any(has_hooks(module) for module in layer.modules())
             and len(found := {parameter.dtype for parameter in layer.parameters()}) == 1
-            and found
-            <= (dtypes if kinds <= {torch.nn.Linear, IntegerLinear} and not self.has_experts else {torch.float32})
+            and found <= dtypes
         )
 
     def _parts(self) -> set[str]:

@@ -84,13 +84,14 @@ def serve(
     plan = loaded.plan
     assert plan is not None
     runner: ModelRunner | None = None
+    cache: KVCache | None = None
     while True:
         message = collectives.receive()
         if isinstance(message, np.ndarray):
             assert runner is not None
             runner.forward(*decode_step(message, runner.cache, runner.device))
         elif isinstance(message, NewCache):
-            runner = None  # the old one's memory is free before the new one's is taken
+            runner = cache = None  # the old one's memory is free before the new one's is taken
             cache = KVCache(
                 loaded.layers,
                 num_blocks=message.num_blocks,
