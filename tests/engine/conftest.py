@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from textgen_engine.kernels.cpu import CpuKernels, load_kernels
+
 from .tiny import Harness, make_config, save_checkpoint
 
 
@@ -19,6 +21,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def kernels() -> CpuKernels:
+    """The compiled kernels, on two threads."""
+    kernels = load_kernels(num_threads=2)
+    if kernels is None:
+        pytest.skip("no C++ compiler")
+    return kernels
 
 
 @pytest.fixture(scope="session")

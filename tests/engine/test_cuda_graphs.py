@@ -18,8 +18,10 @@ from textgen_engine.attention.base import AttentionMetadata
 from textgen_engine.attention.flash import FlashBackend, GpuTraits, PagedKernel
 from textgen_engine.batch import BatchInputs
 from textgen_engine.cuda_graphs import DecodeGraphs, Replay
+from textgen_engine.engine import Engine
 from textgen_engine.kv_cache import KVCache
 from textgen_engine.model_runner import ModelRunner
+from textgen_engine.parallel.group import Collectives
 
 from .test_engine_equalities import ids_of, requests_of
 from .test_overlap import everything, told
@@ -50,9 +52,8 @@ def flash() -> FlashBackend:
     return FlashBackend(GpuTraits((9, 0), 132), [], PagedKernel(paged_decode_reference, choose_num_runs))
 
 
-def give_graphs(harness: Harness, sizes: tuple[int, ...]) -> Repeater:
-    """Let the engine's decodes run in graphs; without sizes, through the same attention as they are."""
-    engine = harness.engine
+def use_flash(engine: Engine, collectives: Collectives | None = None) -> None:
+    """Give an engine attention that fits graphs, and a cache with a scratch block."""
     loaded, old = engine._runner._loaded, engine._runner.cache
     cache = KVCache(
         loaded.layers,
@@ -62,7 +63,13 @@ def give_graphs(harness: Harness, sizes: tuple[int, ...]) -> Repeater:
         device=loaded.device,
         has_scratch=True,
     )
-    engine._runner = ModelRunner(loaded, flash(), cache)
+    engine._runner = ModelRunner(loaded, flash(), cache, None, collectives)
+
+
+def give_graphs(harness: Harness, sizes: tuple[int, ...]) -> Repeater:
+    """Let the engine's decodes run in graphs; without sizes, through the same attention as they are."""
+    engine = harness.engine
+    use_flash(engine)
     repeater = Repeater()
     if sizes:
         engine._runner.capture_graphs(sizes, engine.info.max_total_tokens, repeater)

@@ -14,12 +14,10 @@ import torch
 
 from textgen_engine.config import ModelConfig
 from textgen_engine.cuda_graphs import Replay
-from textgen_engine.kv_cache import KVCache
-from textgen_engine.model_runner import ModelRunner
 from textgen_engine.parallel import worker
 from textgen_engine.parallel.split import Shard
 
-from ..test_cuda_graphs import Repeater, flash, give_graphs
+from ..test_cuda_graphs import Repeater, flash, give_graphs, use_flash
 from ..test_engine_equalities import ids_of, requests_of
 from ..tiny import Harness, make_config
 from .threads import PROMPTS, NewRanks, RankThreads, assert_alike
@@ -57,17 +55,7 @@ def split(llama: Path) -> Iterator[Harness]:
     ranks = RankThreads(config, 2)
     ranks._parts = [(loaded, flash()) for loaded, _ in ranks._parts]
     harness = Harness(config, ranks)
-    engine = harness.engine
-    loaded, old = engine._runner._loaded, engine._runner.cache
-    cache = KVCache(
-        loaded.layers,
-        num_blocks=old.num_blocks,
-        block_size=old.block_size,
-        dtype=loaded.dtype,
-        device=loaded.device,
-        has_scratch=True,
-    )
-    engine._runner = ModelRunner(loaded, flash(), cache, None, ranks.collectives)
+    use_flash(harness.engine, ranks.collectives)
     yield harness
     harness.close()
 

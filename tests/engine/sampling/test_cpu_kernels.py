@@ -5,18 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from textgen_engine.kernels.cpu import CpuKernels, load_kernels
+from textgen_engine.kernels.cpu import CpuKernels
 from textgen_engine.sampling import randomness
 from textgen_engine.sampling.filters import largest
 from textgen_engine.sampling.masks import GrammarRows, MaskApplier
-
-
-@pytest.fixture(scope="module")
-def kernels() -> CpuKernels:
-    kernels = load_kernels(num_threads=2)
-    if kernels is None:
-        pytest.skip("no C++ compiler")
-    return kernels
 
 
 @pytest.mark.parametrize(("size", "count"), [(1, 1), (37, 5), (300, 256), (5000, 8), (49152, 256), (49155, 4096)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from textgen_engine.kernels.cpu import CpuKernels, load_kernels
+from textgen_engine.kernels.cpu import CpuKernels
 from textgen_engine.models.quantization.bitsandbytes_4bit import TABLES
 from textgen_engine.models.quantization.linear import (
     Code,
@@ -18,14 +18,6 @@ from textgen_engine.models.quantization.linear import (
     quantize_rows,
     unpack_nibbles,
 )
-
-
-@pytest.fixture(scope="module")
-def kernels() -> CpuKernels:
-    kernels = load_kernels(num_threads=2)
-    if kernels is None:
-        pytest.skip("no C++ compiler")
-    return kernels
 
 
 def random_layer(
