@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from .running_server import REPOSITORY_ROOT, SERVER_ENVIRONMENT, RunningServer, StartServer
+
+# What runs in the background of a shell ignores Ctrl-C, and so would everything that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which has to be said before anybody imports Triton.
 if not Path("/dev/nvidiactl").exists():
