@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ import torch
 from textgen_engine.attention.base import AttentionBackend, AttentionMetadata, Scoring
 from textgen_engine.attention.compiled import CompiledBackend
 from textgen_engine.attention.invariant import InvariantBackend
+from textgen_engine.attention.paging import store
 from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.kernels.cpu import load_kernels
 
@@ -169,11 +170,22 @@ SCORINGS: dict[str, Callable[[int], Scoring]] = {
 
 def in_bfloat16(step: Step) -> Step:
     """The same step with a cache in bfloat16, and with queries, keys and values that it can hold."""
+    step = with_cache_of(step, torch.bfloat16)
+    return replace(step, query=step.query.bfloat16().float())
+
+
+def with_cache_of(step: Step, dtype: torch.dtype) -> Step:
+    """The same step with a cache of another type, and with keys and values that it can hold."""
+
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        largest = torch.finfo(dtype).max
+        return tensor.clamp(-largest, largest).to(dtype)
+
     metadata = step.metadata
-    metadata.keys, metadata.values = ([cache.bfloat16() for cache in kind] for kind in (metadata.keys, metadata.values))
-    rounded = [tensor.bfloat16().float() for tensor in (step.query, step.key, step.value)]
-    keys, values = ([tensor.bfloat16().float() for tensor in kind] for kind in (step.keys, step.values))
-    return Step(metadata, *rounded, keys, values)
+    metadata.keys, metadata.values = ([rounded(cache) for cache in kind] for kind in (metadata.keys, metadata.values))
+    key, value = rounded(step.key).float(), rounded(step.value).float()
+    keys, values = ([rounded(tensor).float() for tensor in kind] for kind in (step.keys, step.values))
+    return Step(metadata, step.query, key, value, keys, values)
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -200,22 +212,99 @@ def test_what_layers_ask_for_of_a_cache_in_bfloat16(kind: str) -> None:
     torch.testing.assert_close(found.double(), dense(step, scoring), atol=5 * 2**-9, rtol=0)
 
 
+FLOATS_OF_8_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("mix", ["one decode", "many decodes", "whole prompts and chunks", "decodes and chunks"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (9, 1)])
+@pytest.mark.parametrize(("dim", "value_dim", "block_size"), [(16, 48, 4), (64, 32, 16), (80, 64, 5)])
+@pytest.mark.parametrize("dtype", FLOATS_OF_8_BITS)
 @pytest.mark.parametrize("is_rounded", [False, True])
-def test_what_overflows_is_stored_as_a_number(is_rounded: bool) -> None:
+def test_a_cache_of_8_bits(
+    mix: str,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    value_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    is_rounded: bool,
+) -> None:
+    """It is read without a loss; in a model of bfloat16 weights are rounded, too, and so is what comes out."""
+    step = with_cache_of(
+        make_step(MIXES[mix], heads=heads, kv_heads=kv_heads, dim=dim, value_dim=value_dim, block_size=block_size),
+        dtype,
+    )
+    scoring = Scoring(0.125, 8)
+    expected = dense(step if not is_rounded else replace(step, query=step.query.bfloat16()), scoring)
+    found = run(replace(step, query=step.query.bfloat16()) if is_rounded else step, scoring, compiled)
+    torch.testing.assert_close(found.double(), expected, atol=10 * 2**-9 if is_rounded else TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("kind", SCORINGS)
+@pytest.mark.parametrize("dtype", FLOATS_OF_8_BITS)
+def test_what_layers_ask_for_of_a_cache_of_8_bits(kind: str, dtype: torch.dtype) -> None:
+    step = with_cache_of(make_step(MIXES["decodes and chunks"], heads=6, kv_heads=2, value_dim=32), dtype)
+    scoring = SCORINGS[kind](6)
+    found = run(step, scoring, compiled)
+    torch.testing.assert_close(found.double(), dense(step, scoring), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS_OF_8_BITS)
+def test_floats_of_8_bits_are_written_as_pytorch_does(dtype: torch.dtype) -> None:
+    """Bit by bit: numbers of all sizes, those half way between two codes, and what is too large."""
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    codes = codes[torch.isfinite(codes)].unique()
+    generator = torch.Generator().manual_seed(0)
+    sizes = 2.0 ** torch.randint(-22, 18, (400,), generator=generator)
+    between = (codes[1:] + codes[:-1]) / 2
+    numbers = [codes, between, between * 1.0001, between * 0.9999, torch.randn(400, generator=generator) * sizes]
+    all_of_them = torch.cat([*numbers, torch.tensor([math.inf, -math.inf, 1e30, -0.0])])
+    rows = -(-len(all_of_them) // 16)
+    key = torch.nn.functional.pad(all_of_them, (0, 16 * rows - len(all_of_them))).view(rows, 1, 16)
+    written = []
+    for how in ("pytorch", "compiled"):
+        step = with_cache_of(make_step([(rows, rows)], heads=1, kv_heads=1, stale=0.0), dtype)
+        step = replace(step, key=key, value=key.flip(0))
+        if how == "pytorch":
+            store(step.key, step.value, step.metadata.keys[0], step.metadata.values[0], step.metadata)
+        else:
+            run(step, Scoring(0.0), compiled)
+        written.append([cache.view(torch.uint8) for cache in (step.metadata.keys[0], step.metadata.values[0])])
+    for expected, found in zip(*written, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS_OF_8_BITS)
+@pytest.mark.parametrize("is_rounded", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_every_float_of_8_bits_is_read(dtype: torch.dtype, is_rounded: bool, num_tokens: int) -> None:
+    """A token that sees itself alone receives its own value; a key that is no number makes the result none."""
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    numbers = torch.where(torch.isfinite(codes), codes, torch.zeros(()))
+    step = with_cache_of(make_step([(num_tokens, num_tokens)], heads=1, kv_heads=1, value_dim=256), dtype)
+    step = replace(step, value=numbers.expand(num_tokens, 1, 256))
+    step = replace(step, query=step.query.bfloat16()) if is_rounded else step
+    alone = Scoring(0.25, sliding_window=1)
+    assert torch.equal(run(step, alone, compiled).float(), step.value)
+    step.key[0, 0, 3] = math.nan
+    assert torch.isnan(run(step, alone, compiled)[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *FLOATS_OF_8_BITS])
+def test_what_overflows_is_stored_as_a_number(dtype: torch.dtype) -> None:
     """A weight of 0 times it must be 0 for whoever may not see it."""
-    step = make_step([(6, 6)], heads=2, kv_heads=1)
-    step = in_bfloat16(step) if is_rounded else step
+    step = with_cache_of(make_step([(6, 6)], heads=2, kv_heads=1), dtype)
     step.value[5] = torch.tensor([math.inf, -math.inf, math.nan, 3.4e38] * 4)
     found = run(step, Scoring(0.25), compiled)
     assert torch.isfinite(step.metadata.values[0].float()).all()
     assert torch.isfinite(found[:5]).all()
 
 
-@pytest.mark.parametrize("is_rounded", [False, True])
-def test_a_decode_is_the_same_in_any_batch(is_rounded: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *FLOATS_OF_8_BITS])
+def test_a_decode_is_the_same_in_any_batch(dtype: torch.dtype) -> None:
     """To the last bit, though many sequences are dealt to the threads otherwise than few."""
-    step = make_step(MIXES["many decodes"], heads=6, kv_heads=3)
-    step = in_bfloat16(step) if is_rounded else step
+    step = with_cache_of(make_step(MIXES["many decodes"], heads=6, kv_heads=3), dtype)
     together = run(step, Scoring(0.25), compiled)
     metadata = step.metadata
     for index in range(len(metadata.seq_lens)):

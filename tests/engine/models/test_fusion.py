@@ -24,7 +24,13 @@ from textgen_engine.models.loader import load_model
 
 
 def fused_logits(
-    folder: Path, ids: torch.Tensor, *, compiled: bool, dtype: str = "float32", quantize: str | None = None
+    folder: Path,
+    ids: torch.Tensor,
+    *,
+    compiled: bool,
+    dtype: str = "float32",
+    quantize: str | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> tuple[int, torch.Tensor]:
     """The number of fused layers, and the logits [num_tokens, vocab] of a prompt."""
     kernels = load_kernels(num_threads=2) if compiled else None
@@ -33,7 +39,10 @@ def fused_logits(
     backend = SdpaBackend() if kernels is None else CompiledBackend(kernels)
     loaded = load_model(ModelConfig(str(folder), dtype=dtype, quantize=quantize), backend, kernels)
     count = ids.shape[1]
-    keys = [torch.zeros(1, layer.num_kv_heads, count, layer.head_dim, dtype=loaded.dtype) for layer in loaded.layers]
+    keys = [
+        torch.zeros(1, layer.num_kv_heads, count, layer.head_dim, dtype=cache_dtype or loaded.dtype)
+        for layer in loaded.layers
+    ]
     metadata = AttentionMetadata(
         num_decodes=0,
         query_lens=[count],
@@ -92,6 +101,20 @@ def test_fused_in_bfloat16(checkpoint: Callable[[str], Path], family: str) -> No
             for dtype in (torch.float32, torch.bfloat16)
         )
     assert (found - exact).square().mean() < (rounded - exact).square().mean()
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_fused_with_a_cache_of_8_bits(
+    checkpoint: Callable[[str], Path], family: str, cache_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one call, with what PyTorch's operations give on such a cache. A key's last bit that differs may take it to
+    the next of its few values: hence the tolerance."""
+    ids = torch.randint(2, 500, (1, 60), generator=torch.Generator().manual_seed(1))
+    _, expected = fused_logits(checkpoint(family), ids, compiled=False, cache_dtype=cache_dtype)
+    monkeypatch.setattr(FusedGatedLayer, "_plain_in", None)
+    _, found = fused_logits(checkpoint(family), ids, compiled=True, cache_dtype=cache_dtype)
+    assert (found - expected).square().mean() < 1e-4 * expected.square().mean()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

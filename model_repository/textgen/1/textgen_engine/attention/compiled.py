@@ -1,7 +1,7 @@
 """Attention for the CPU with compiled kernels: each block of the paged cache is read where it lies.
 
-Where the kernels do not apply (a cache of another type than float32 and bfloat16, heads whose size is no multiple of
-16) everything runs as in sdpa.py.
+Where the kernels do not apply (a cache of another type than CACHE_DTYPES, heads whose size is no multiple of 16)
+everything runs as in sdpa.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 
 from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata, Scoring
 from textgen_engine.attention.sdpa import SdpaBackend
-from textgen_engine.kernels.cpu import HEAD_DIM_MULTIPLE, CpuKernels, StepTables
+from textgen_engine.kernels.cpu import CACHE_DTYPES, HEAD_DIM_MULTIPLE, CpuKernels, StepTables
 
 
 class CompiledBackend(AttentionBackend):
@@ -43,12 +43,14 @@ class CompiledBackend(AttentionBackend):
             return self._other.run(layer, query, key, value, metadata, scoring)
         rows = [_dense(tensor.float()) for tensor in (query, key, value)]
         cache = metadata.keys[layer], metadata.values[layer]
-        return self._kernels.attend(rows[0], rows[1], rows[2], *cache, plan, scoring).to(query.dtype)
+        in_bfloat16 = query.dtype is torch.bfloat16
+        output = self._kernels.attend(rows[0], rows[1], rows[2], *cache, plan, scoring, in_bfloat16=in_bfloat16)
+        return output.to(query.dtype)
 
 
 def _is_served(cache: torch.Tensor) -> bool:
     return (
-        cache.dtype in (torch.float32, torch.bfloat16)
+        cache.dtype in CACHE_DTYPES
         and cache.device.type == "cpu"
         and cache.is_contiguous()
         and cache.shape[3] % HEAD_DIM_MULTIPLE == 0

@@ -1,9 +1,11 @@
-// Attention over the paged cache [blocks, kv_heads, block_size, dim], keys and values in float32 or bfloat16 (`Stored`).
+// Attention over the paged cache [blocks, kv_heads, block_size, dim], keys and values in float32, bfloat16 or floats of 8
+// bits (`Stored`).
 //
 // Sequences with one query are decode_kernels.h's. Chunks of prompts: kBlock query rows of one head stand side by side in
 // the lanes of vectors, keys come one by one, and maximum, sum and result are kept as the keys go by (online softmax, as
 // in FlashAttention), so that nothing is added across lanes and no matrix of scores is ever whole. Keys and values of
 // bfloat16 are multiplied as they are, by queries and weights in bfloat16, where the processor can; sums are float32.
+// Those of 8 bits are widened as they are read, to what the rest of the model computes in.
 
 // The layout of these structures is known to cpu.py.
 struct Scoring {
@@ -15,8 +17,11 @@ struct Scoring {
 
 struct Shape {
     int64_t num_heads, num_kv_heads, block_size, dim, value_dim;
-    int64_t is_bfloat16;  // the cache: else float32
+    int64_t cache;     // Cache: what it keeps
+    int64_t in_pairs;  // one of 8 bits is multiplied in bfloat16, where the processor can
 };
+
+enum Cache : int64_t { kFloatCache = 0, kBfloat16Cache = 1, kE4m3Cache = 2, kE5m2Cache = 3 };
 
 struct Step {
     int64_t num_decodes, num_chunks, num_tokens;
@@ -45,9 +50,17 @@ inline int64_t first_visible(int64_t position, const Scoring& how) {
 
 inline void put_stored(float* to, float value) { *to = value; }
 inline void put_stored(uint16_t* to, float value) { *to = to_bfloat16(value); }
+template <class Float8>
+inline void put_stored(Float8* to, float value) {
+    *to = narrowed<Float8>(value);
+}
 
 inline float most_of(const float*) { return 3.4028234663852886e38f; }
 inline float most_of(const uint16_t*) { return 3.3895313892515355e38f; }
+template <class Float8>
+inline float most_of(const Float8*) {
+    return Float8::kMost;
+}
 
 // What is no number as 0, infinities as the largest that the cache holds.
 template <class Stored>
@@ -62,35 +75,56 @@ constexpr int64_t kKeysTogether = 64;
 constexpr int64_t kHeadsTogether = 4;  // of those that share keys and values: what is gathered serves them all
 constexpr float kHidden = -1e30f;
 
-// What a prompt's keys and values are multiplied as: pairs of bfloat16 where they are stored so and the processor can.
-template <class Stored>
-using ElementOf = std::conditional_t<kHasPairs && std::is_same_v<Stored, uint16_t>, Pair, float>;
-
 inline float as_float(float value) { return value; }
 inline float as_float(uint16_t value) { return from_bfloat16(value); }
-
-// A key's row: neighbours in `dim` stay together.
-template <class Stored>
-inline void gather_key(const Stored* key, float* keys, int64_t j, int64_t dim) {
-    for (int64_t d = 0; d < dim; ++d) keys[j * dim + d] = as_float(key[d]);
+template <class Float8>
+inline float as_float(Float8 value) {
+    return widened(value);
 }
 
-inline void gather_key(const uint16_t* key, Pair* keys, int64_t j, int64_t dim) {
-    std::memcpy(keys + j * dim / 2, key, dim * sizeof(uint16_t));
-}
-
-// A value's row: of pairs its neighbour is the value of the next key.
-template <class Stored>
-inline void gather_value(const Stored* value, float* values, int64_t j, int64_t dim) {
-    for (int64_t d = 0; d < dim; ++d) values[j * dim + d] = as_float(value[d]);
-}
-
+// A value's row as pairs, whose other half is the value of the next key.
 inline void gather_value(const uint16_t* value, Pair* values, int64_t j, int64_t dim) {
     Pair* to = values + j / 2 * dim;
     if (j % 2 == 0)
         for (int64_t d = 0; d < dim; ++d) to[d].bits = value[d];
     else
         for (int64_t d = 0; d < dim; ++d) to[d].bits |= static_cast<uint32_t>(value[d]) << 16;
+}
+
+// The rows of `some` keys that lie side by side and of their values go to places j, j + 1 ...; a key's neighbours in `dim`
+// stay together.
+template <class Stored>
+inline void gather(const Stored* from_keys, const Stored* from_values, int64_t some, float* keys, float* values,
+                   int64_t j, int64_t dim, int64_t value_dim) {
+    auto copy = [](const Stored* from, int64_t count, float* to) {
+        if constexpr (kIsFloat8<Stored>)
+            widen(from, from + count, count, to);
+        else
+            for (int64_t i = 0; i < count; ++i) to[i] = as_float(from[i]);
+    };
+    copy(from_keys, some * dim, keys + j * dim);
+    copy(from_values, some * value_dim, values + j * value_dim);
+}
+
+template <class Stored>
+inline void gather(const Stored* from_keys, const Stored* from_values, int64_t some, Pair* keys, Pair* values, int64_t j,
+                   int64_t dim, int64_t value_dim) {
+    Half* to = reinterpret_cast<Half*>(keys + j * dim / 2);
+    static thread_local std::vector<uint16_t> widened_value;
+    if (static_cast<int64_t>(widened_value.size()) < value_dim) widened_value.resize(value_dim);
+    if constexpr (kIsFloat8<Stored>)
+        widen(from_keys, from_keys + some * dim, some * dim, to);
+    else
+        std::memcpy(to, from_keys, some * dim * sizeof(Half));
+    for (int64_t i = 0; i < some; ++i) {
+        const Stored* value = from_values + i * value_dim;
+        if constexpr (kIsFloat8<Stored>) {
+            widen(value, value + value_dim, value_dim, widened_value.data());
+            gather_value(widened_value.data(), values, j + i, value_dim);
+        } else {
+            gather_value(value, values, j + i, value_dim);
+        }
+    }
 }
 
 // Rows of queries side by side in lanes: [dim or pairs of it][kBlock], what is missing zero.
@@ -139,10 +173,10 @@ struct Running {
     Vector highest[kBlockVectors], total[kBlockVectors];
 };
 
-template <class Stored>
+// Element: what keys and values are multiplied as, floats or pairs.
+template <class Element, class Stored>
 void attend_tile(const Tile& tile, Rows query, const Stored* keys, const Stored* values, const Shape& shape,
                  const Scoring& how) {
-    using Element = ElementOf<Stored>;
     constexpr int64_t kTogether = std::is_same_v<Element, Pair> ? 2 : 1;
     const int64_t dim = shape.dim, value_dim = shape.value_dim, block_size = shape.block_size;
     const int64_t kv_head = tile.first_head / (shape.num_heads / shape.num_kv_heads);
@@ -182,10 +216,9 @@ void attend_tile(const Tile& tile, Rows query, const Stored* keys, const Stored*
             const int64_t block = (begin + j) / block_size, offset = begin + j - block * block_size;
             const int64_t place = (tile.table[block] * shape.num_kv_heads + kv_head) * block_size + offset;
             const int64_t some = std::min(block_size - offset, count - j);
-            for (int64_t i = 0; i < some; ++i, ++j) {
-                gather_key(keys + (place + i) * dim, gathered_keys, j, dim);
-                gather_value(values + (place + i) * value_dim, gathered_values, j, value_dim);
-            }
+            gather(keys + place * dim, values + place * value_dim, some, gathered_keys, gathered_values, j, dim,
+                   value_dim);
+            j += some;
         }
         const bool masked = limited || begin + count > tile.position + 1;
         const bool changed = masked || how.soft_cap > 0.0f || how.alibi_slopes;
@@ -260,7 +293,7 @@ void attend_tile(const Tile& tile, Rows query, const Stored* keys, const Stored*
     }
 }
 
-template <class Stored>
+template <class Element, class Stored>
 void attend_chunks(Pool* pool, Rows query, const Stored* keys, const Stored* values, float* output, const Shape& shape,
                    const Step& step, const Scoring& how) {
     int64_t num_tiles = 0;
@@ -286,7 +319,7 @@ void attend_chunks(Pool* pool, Rows query, const Stored* keys, const Stored* val
         tile.query = query.data + (start + row) * query.token_stride + tile.first_head * query.head_stride;
         tile.output = output + ((start + row) * shape.num_heads + tile.first_head) * shape.value_dim;
         tile.table = step.block_tables + sequence * step.table_stride;
-        attend_tile(tile, query, keys, values, shape, how);
+        attend_tile<Element>(tile, query, keys, values, shape, how);
     });
 }
 
@@ -305,21 +338,26 @@ void store_rows(Pool* pool, Rows rows, Stored* cache, const Step& step, int64_t 
 }
 
 // Stores a step's keys and values and attends, all rows of output [num_tokens, num_heads, value_dim].
-template <class Stored>
+template <class Element, class Stored>
 void attend_stored(Pool* pool, Rows query, Rows key, Rows value, Stored* keys, Stored* values, float* output,
                    const Shape& shape, const Step& step, const Scoring& how) {
     store_rows(pool, key, keys, step, shape.num_kv_heads, shape.block_size, shape.dim, false);
     store_rows(pool, value, values, step, shape.num_kv_heads, shape.block_size, shape.value_dim, true);
-    attend_decodes(pool, query, keys, values, output, shape, step, how);
-    attend_chunks(pool, query, keys, values, output, shape, step, how);
+    attend_decodes<Element>(pool, query, keys, values, output, shape, step, how);
+    attend_chunks<Element>(pool, query, keys, values, output, shape, step, how);
 }
 
 void attend(Pool* pool, Rows query, Rows key, Rows value, void* keys, void* values, float* output, const Shape& shape,
             const Step& step, const Scoring& how) {
-    if (shape.is_bfloat16)
-        attend_stored(pool, query, key, value, static_cast<uint16_t*>(keys), static_cast<uint16_t*>(values), output,
-                      shape, step, how);
-    else
-        attend_stored(pool, query, key, value, static_cast<float*>(keys), static_cast<float*>(values), output, shape,
-                      step, how);
+    using InPairs = std::conditional_t<kHasPairs, Pair, float>;
+    auto run = [&](auto* stored, auto element) {
+        using Stored = decltype(stored);
+        attend_stored<decltype(element)>(pool, query, key, value, static_cast<Stored>(keys), static_cast<Stored>(values),
+                                         output, shape, step, how);
+    };
+    auto run_float8 = [&](auto* stored) { shape.in_pairs ? run(stored, InPairs()) : run(stored, 0.0f); };
+    if (shape.cache == kFloatCache) run(static_cast<float*>(nullptr), 0.0f);
+    if (shape.cache == kBfloat16Cache) run(static_cast<uint16_t*>(nullptr), InPairs());
+    if (shape.cache == kE4m3Cache) run_float8(static_cast<E4m3*>(nullptr));
+    if (shape.cache == kE5m2Cache) run_float8(static_cast<E5m2*>(nullptr));
 }

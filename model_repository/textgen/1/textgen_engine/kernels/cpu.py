@@ -1,10 +1,11 @@
-"""Kernels for the CPU, in float32 or with weights and caches in bfloat16: compiled for the machine at hand from
+"""Kernels for the CPU, in float32 or with weights and caches in smaller types: compiled for the machine at hand from
 cpu_kernels.cpp, and the way to them.
 
 `load_kernels()` answers None where no C++ compiler is found or the compiled code cannot be used; callers then take
 PyTorch's operations, which are also what the tests compare with: `linear` with torch.nn.functional.linear, `attend`
 with attention/paging.py and attention/sdpa.py, `layer` with models/fusion.py, all up to the order of float32 additions,
-and, over a cache in bfloat16, up to the rounding of queries and softmax weights to it.
+and, over a cache in bfloat16 (or one of 8 bits in a model of bfloat16), up to the rounding of queries and softmax
+weights to it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", 
 _COMPILE_TIMEOUT_S = 120
 # Dimensions of heads are read in whole vectors of 16 floats.
 HEAD_DIM_MULTIPLE = 16
+# Of a cache, in the order of attention_kernels.h's enum.
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class CpuKernels:
@@ -153,14 +156,17 @@ class CpuKernels:
         values: torch.Tensor,
         step: StepTables,
         scoring: Scoring,
+        *,
+        in_bfloat16: bool = False,
     ) -> torch.Tensor:
         """Store a step's key and value, then attend, as AttentionBackend.run, all float32: query [num_tokens,
         num_heads, dim], key and value [num_tokens, num_kv_heads, dim or value_dim], their last dimensions contiguous;
-        keys and values the layer's cache, float32 or bfloat16 -> [num_tokens, num_heads, value_dim]. Dimensions are
-        multiples of HEAD_DIM_MULTIPLE."""
+        keys and values the layer's cache, of one of CACHE_DTYPES -> [num_tokens, num_heads, value_dim]. Dimensions are
+        multiples of HEAD_DIM_MULTIPLE. in_bfloat16: a cache of 8 bits is multiplied in bfloat16, where the processor
+        can."""
         assert query.dtype is key.dtype is value.dtype is torch.float32
         assert query.stride(2) == key.stride(2) == value.stride(2) == 1 and query.shape[0] == step.num_tokens
-        shape = _shape(query.shape[1], keys, values)
+        shape = _shape(query.shape[1], keys, values, in_bfloat16=in_bfloat16)
         output = query.new_empty(query.shape[0], query.shape[1], values.shape[3])
         self._attend(
             self._pool,
@@ -181,7 +187,7 @@ class CpuKernels:
         values: torch.Tensor,
     ) -> torch.Tensor:
         """One whole layer in one call: x [num_tokens, hidden], cos and sin [num_tokens, dim] of all rotary positions,
-        all float32, and the layer's cache, float32 or bfloat16 -> [num_tokens, hidden]."""
+        all float32, and the layer's cache, of one of CACHE_DTYPES -> [num_tokens, hidden]."""
         assert x.dtype is cos.dtype is sin.dtype is torch.float32
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         assert x.shape[0] == cos.shape[0] == step.num_tokens
@@ -256,7 +262,7 @@ class _Scoring(ctypes.Structure):
 class _Shape(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("num_heads", "num_kv_heads", "block_size", "dim", "value_dim", "is_bfloat16")
+        for name in ("num_heads", "num_kv_heads", "block_size", "dim", "value_dim", "cache", "in_pairs")
     ]
 
 
@@ -395,16 +401,17 @@ class GatedLayer:
 
     def structure_for(self, keys: torch.Tensor, values: torch.Tensor) -> ctypes.Structure:
         """With the shape of this cache."""
-        self._structure.shape = _shape(self._num_heads, keys, values)
+        in_bfloat16 = self._structure.kind == _KINDS[torch.bfloat16]
+        self._structure.shape = _shape(self._num_heads, keys, values, in_bfloat16=in_bfloat16)
         return self._structure
 
 
-def _shape(num_heads: int, keys: torch.Tensor, values: torch.Tensor) -> _Shape:
+def _shape(num_heads: int, keys: torch.Tensor, values: torch.Tensor, *, in_bfloat16: bool) -> _Shape:
     assert keys.is_contiguous() and values.is_contiguous()
     assert keys.shape[3] % HEAD_DIM_MULTIPLE == 0 and values.shape[3] % HEAD_DIM_MULTIPLE == 0
-    is_bfloat16 = keys.dtype is torch.bfloat16
-    assert keys.dtype is values.dtype and (is_bfloat16 or keys.dtype is torch.float32)
-    return _Shape(num_heads, keys.shape[1], keys.shape[2], keys.shape[3], values.shape[3], is_bfloat16)
+    assert keys.dtype is values.dtype
+    sizes = keys.shape[1], keys.shape[2], keys.shape[3], values.shape[3]
+    return _Shape(num_heads, *sizes, CACHE_DTYPES.index(keys.dtype), in_bfloat16)
 
 
 def _scoring(scoring: Scoring) -> _Scoring:

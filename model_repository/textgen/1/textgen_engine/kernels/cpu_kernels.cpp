@@ -1,4 +1,5 @@
-// Kernels for a CPU, in float32 or with weights and caches in bfloat16: linear layers, the pieces of a layer around them, and attention that reads the paged cache.
+// Kernels for a CPU, in float32 or with weights and caches in smaller types: linear layers, the pieces of a layer around
+// them, and attention that reads the paged cache.
 //
 // Built for the machine at hand by cpu.py, which also states what each function must agree with. A thread pool of our
 // own runs them: between two calls of one step its threads wait awake for some microseconds, and otherwise sleep. While
@@ -211,6 +212,8 @@ inline void put_some(float* to, Vector value, int64_t count) {
 }
 
 #include "linear_kernels.h"
+
+#include "float8_kernels.h"
 
 #include "attention_kernels.h"
 

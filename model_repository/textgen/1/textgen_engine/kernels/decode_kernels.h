@@ -24,20 +24,20 @@ inline Vector sums(const Vector* of) {
 
 // scores[h * stride + j] = query[h] . keys[j] for H heads and `count` keys of one block. `next` is where the block that
 // follows lies: blocks lie anywhere, so the processor does not see by itself what is read next. It is asked for bit by
-// bit, as fast as it can come.
-template <int H, class Stored>
-void score_block(const float* query, const float* keys, const Stored* next, float* scores, int64_t stride,
+// bit, as fast as it can come; null: somebody else has asked.
+template <int H>
+void score_block(const float* query, const float* keys, const float* next, float* scores, int64_t stride,
                  int64_t count, int64_t dim) {
     constexpr int kAhead = (kLanes + H - 1) / H;
     int64_t j = 0;
     for (; j + kLanes <= count; j += kLanes) {
-        const Stored* ahead = next + j * dim;
+        const float* ahead = next + j * dim;
         for (int h = 0; h < H; ++h) {
             Vector acc[kLanes] = {};
             for (int64_t d = 0; d < dim; d += kLanes) {
                 const Vector q = load(query + h * dim + d);
 #pragma GCC unroll 16
-                for (int i = 0; i < kAhead; ++i, ahead += kLanes) __builtin_prefetch(ahead);
+                for (int i = 0; i < kAhead && next; ++i, ahead += kLanes) __builtin_prefetch(ahead);
 #pragma GCC unroll 16
                 for (int i = 0; i < kLanes; ++i) acc[i] += q * load(keys + (j + i) * dim + d);
             }
@@ -53,8 +53,8 @@ void score_block(const float* query, const float* keys, const Stored* next, floa
 }
 
 // output[h] += weights[h] @ values of one block, for H heads and W vectors of their dimensions; `next` as above.
-template <int H, int W, class Stored>
-void add_part(const float* weights, int64_t stride, const float* values, const Stored* next, float* output,
+template <int H, int W>
+void add_part(const float* weights, int64_t stride, const float* values, const float* next, float* output,
               int64_t count, int64_t dim) {
     Vector acc[H][W];
     for (int h = 0; h < H; ++h)
@@ -63,7 +63,7 @@ void add_part(const float* weights, int64_t stride, const float* values, const S
         Vector value[W];
         for (int w = 0; w < W; ++w) {
             value[w] = load(values + j * dim + w * kLanes);
-            __builtin_prefetch(next + j * dim + w * kLanes);
+            if (next) __builtin_prefetch(next + j * dim + w * kLanes);
         }
         for (int h = 0; h < H; ++h)
             for (int w = 0; w < W; ++w) acc[h][w] += weights[h * stride + j] * value[w];
@@ -72,14 +72,15 @@ void add_part(const float* weights, int64_t stride, const float* values, const S
         for (int w = 0; w < W; ++w) put(output + h * dim + w * kLanes, acc[h][w]);
 }
 
-template <int H, class Stored>
-void add_block(const float* weights, int64_t stride, const float* values, const Stored* next, float* output,
+template <int H>
+void add_block(const float* weights, int64_t stride, const float* values, const float* next, float* output,
                int64_t count, int64_t dim) {
     constexpr int kWidth = kLanes == 16 ? 4 : 2;  // as many as registers hold for four heads
     int64_t d = 0;
     for (; d + kWidth * kLanes <= dim; d += kWidth * kLanes)
-        add_part<H, kWidth>(weights, stride, values + d, next + d, output + d, count, dim);
-    for (; d < dim; d += kLanes) add_part<H, 1>(weights, stride, values + d, next + d, output + d, count, dim);
+        add_part<H, kWidth>(weights, stride, values + d, next ? next + d : next, output + d, count, dim);
+    for (; d < dim; d += kLanes)
+        add_part<H, 1>(weights, stride, values + d, next ? next + d : next, output + d, count, dim);
 }
 
 // Scores of one head become weights, which add up to the inverse of what is returned; the last of them is the query's
@@ -108,11 +109,27 @@ float soften(float* scores, int64_t count, int64_t head, const Scoring& how) {
     return 1.0f / all;
 }
 
-inline const float* as_floats(const float* stored, int64_t, float*) { return stored; }
+// What is stored of a block as it is multiplied, where it lies or in `room`; and of `next` what is still to be asked for.
+template <class Element>
+struct Read {
+    const Element *block, *next;
+};
 
-inline const float* as_floats(const uint16_t* stored, int64_t count, float* room) {
-    for (int64_t i = 0; i < count; ++i) room[i] = from_bfloat16(stored[i]);
-    return room;
+inline Read<float> read(const float* stored, const float* next, int64_t, float*) { return {stored, next}; }
+inline Read<uint16_t> read(const uint16_t* stored, const uint16_t* next, int64_t, uint16_t*) { return {stored, next}; }
+
+inline Read<float> read(const uint16_t* stored, const uint16_t* next, int64_t count, float* room) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (i % 32 == 0) __builtin_prefetch(next + i);
+        room[i] = from_bfloat16(stored[i]);
+    }
+    return {room, nullptr};
+}
+
+template <class Float8, class Element>
+Read<Element> read(const Float8* stored, const Float8* next, int64_t count, Element* room) {
+    widen(stored, next, count, room);
+    return {room, nullptr};
 }
 
 // ---- in floats ------------------------------------------------------------------------------------------------------
@@ -141,14 +158,14 @@ class FloatDecode {
 
     template <int H>
     void score(int64_t head, const Stored* keys, const Stored* next, int64_t key, int64_t some) {
-        score_block<H>(query_ + head * dim_, as_floats(keys, some * dim_, room_), next, scores(head) + key, count_, some,
-                       dim_);
+        const Read<float> from = read(keys, next, some * dim_, room_);
+        score_block<H>(query_ + head * dim_, from.block, from.next, scores(head) + key, count_, some, dim_);
     }
 
     template <int H>
     void add(int64_t head, const Stored* values, const Stored* next, int64_t key, int64_t some) {
-        add_block<H>(scores(head) + key, count_, as_floats(values, some * value_dim_, room_), next,
-                     output_ + head * value_dim_, some, value_dim_);
+        const Read<float> from = read(values, next, some * value_dim_, room_);
+        add_block<H>(scores(head) + key, count_, from.block, from.next, output_ + head * value_dim_, some, value_dim_);
     }
 
     void finish(int64_t head, float factor) {
@@ -168,10 +185,12 @@ constexpr int64_t kRun = 2 * kLanes;  // bfloat16 in a vector
 inline __mmask32 first_of_run(int64_t count) { return count >= kRun ? ~__mmask32{0} : (__mmask32{1} << count) - 1; }
 
 // Queries, weights and what is stored are multiplied two and two; sums are float32.
+template <class Stored>
 class PairDecode {
   public:
     static int64_t size(const Shape& shape, int64_t num_heads, int64_t count) {
-        return num_heads * (runs(shape.dim) * kLanes + runs(shape.value_dim) * kRun + count + count / 2 + 1);
+        return num_heads * (runs(shape.dim) * kLanes + runs(shape.value_dim) * kRun + count + count / 2 + 1) +
+               shape.block_size * std::max(shape.dim, shape.value_dim) / 2;
     }
 
     PairDecode(float* room, const Shape& shape, int64_t num_heads, int64_t count, float* output)
@@ -180,6 +199,7 @@ class PairDecode {
         sums_ = room + num_heads * runs(dim_) * kLanes;
         scores_ = sums_ + num_heads * runs(value_dim_) * kRun;
         weights_ = reinterpret_cast<Half*>(scores_ + num_heads * count);
+        room_ = reinterpret_cast<Half*>(scores_ + num_heads * (count + count / 2 + 1));
         std::fill(sums_, scores_, 0.0f);
     }
 
@@ -196,7 +216,8 @@ class PairDecode {
     void take_weights(int64_t head) { round_row(scores(head), weights_ + head * count_, count_); }
 
     template <int H>
-    void score(int64_t head, const uint16_t* keys, const uint16_t* next, int64_t key, int64_t some) {
+    void score(int64_t head, const Stored* stored, const Stored* stored_next, int64_t key, int64_t some) {
+        const auto [keys, next] = read(stored, stored_next, some * dim_, room_);
         const uint32_t* query = query_ + head * runs(dim_) * kLanes;
         int64_t j = 0;
         for (; j + kLanes <= some; j += kLanes)
@@ -212,7 +233,7 @@ class PairDecode {
 #pragma GCC unroll 16
                     for (int i = 0; i < kLanes; ++i) {
                         acc[i] = _mm512_dpbf16_ps(acc[i], q, (__m512bh)_mm512_maskz_loadu_epi16(mask, from + i * dim_));
-                        if (h == 0) __builtin_prefetch(ahead + i * dim_);
+                        if (h == 0 && next) __builtin_prefetch(ahead + i * dim_);
                     }
                 }
                 Vector each[kLanes];
@@ -234,7 +255,8 @@ class PairDecode {
 
     // Values of two neighbouring keys are interleaved, which leaves a run's sums in the order that finish() undoes.
     template <int H>
-    void add(int64_t head, const uint16_t* values, const uint16_t* next, int64_t key, int64_t some) {
+    void add(int64_t head, const Stored* stored, const Stored* stored_next, int64_t key, int64_t some) {
+        const auto [values, next] = read(stored, stored_next, some * value_dim_, room_);
         for (int64_t run = 0; run < runs(value_dim_); ++run) {
             const __mmask32 mask = first_of_run(value_dim_ - run * kRun);
             float* sums = sums_ + (head * runs(value_dim_) + run) * kRun;
@@ -250,8 +272,10 @@ class PairDecode {
                 const bool both = j + 1 < some;
                 const __m512i one = _mm512_maskz_loadu_epi16(mask, from);
                 const __m512i two = _mm512_maskz_loadu_epi16(both ? mask : 0, from + value_dim_);
-                __builtin_prefetch(next + j * value_dim_ + run * kRun);
-                __builtin_prefetch(next + (j + 1) * value_dim_ + run * kRun);
+                if (next) {
+                    __builtin_prefetch(next + j * value_dim_ + run * kRun);
+                    __builtin_prefetch(next + (j + 1) * value_dim_ + run * kRun);
+                }
                 const __m512bh first = (__m512bh)_mm512_unpacklo_epi16(one, two);
                 const __m512bh second = (__m512bh)_mm512_unpackhi_epi16(one, two);
 #pragma GCC unroll 4
@@ -286,13 +310,13 @@ class PairDecode {
     int64_t dim_, value_dim_, count_;
     uint32_t* query_;
     float *sums_, *scores_, *output_;
-    Half* weights_;
+    Half *weights_, *room_;
 };
 
-template <class Stored>
-using Decode = std::conditional_t<std::is_same_v<Stored, uint16_t>, PairDecode, FloatDecode<Stored>>;
+template <class Stored, class Element>
+using Decode = std::conditional_t<std::is_same_v<Element, Pair>, PairDecode<Stored>, FloatDecode<Stored>>;
 #else
-template <class Stored>
+template <class Stored, class Element>
 using Decode = FloatDecode<Stored>;
 #endif
 
@@ -308,7 +332,7 @@ inline int64_t heads_at_once(const Pool* pool, const Shape& shape, const Step& s
     return std::max<int64_t>(1, std::min(shape.num_kv_heads, kScores / per_head));
 }
 
-template <class Stored>
+template <class Element, class Stored>
 void attend_decodes(Pool* pool, Rows query, const Stored* keys, const Stored* values, float* output, const Shape& shape,
                     const Step& step, const Scoring& how) {
     if (step.num_decodes == 0) return;
@@ -321,10 +345,10 @@ void attend_decodes(Pool* pool, Rows query, const Stored* keys, const Stored* va
         const int64_t num_heads = num_kv_heads * group;
         const int64_t length = step.lengths[sequence], first = first_visible(length - 1, how), count = length - first;
         const int64_t* table = step.block_tables + sequence * step.table_stride;
-        const int64_t size = Decode<Stored>::size(shape, num_heads, count);
+        const int64_t size = Decode<Stored, Element>::size(shape, num_heads, count);
         float* factors = scratch(num_heads + size);
-        Decode<Stored> decode(factors + num_heads, shape, num_heads, count,
-                              output + (sequence * shape.num_heads + first_head * group) * shape.value_dim);
+        Decode<Stored, Element> decode(factors + num_heads, shape, num_heads, count,
+                                       output + (sequence * shape.num_heads + first_head * group) * shape.value_dim);
         for (int64_t h = 0; h < num_heads; ++h)
             decode.take_query(
                 h, query.data + sequence * query.token_stride + (first_head * group + h) * query.head_stride, how.scale);
