@@ -114,7 +114,7 @@ def profile(engine: Engine) -> dict[str, float]:
     spent: defaultdict[str, float] = defaultdict(float)
     with contextlib.ExitStack() as patches:
         for owner, name, label in (
-            (CpuKernels, "layer", "decoder layers"),
+            (CpuKernels, "layers", "decoder layers"),
             (CpuKernels, "linear", "LM head"),
             (CpuKernels, "take", "embedding"),
             (ModelRunner, "forward", "forward pass"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
 import socket
 from collections import Counter
@@ -114,7 +115,24 @@ class ModelRunner:
         return logits
 
     def _run_model(self, inputs: BatchInputs) -> torch.Tensor:
-        self._backend.prepare(inputs.attention)
+        num_rows, metadata = len(inputs.logits_rows), inputs.attention
+        rows: list[int] = []
+        if self._loaded.leaves_out_rows and inputs.lists is not None:
+            rows = inputs.lists.logits_rows
+            wanted = sorted(set(rows)) or [0]  # an empty matrix product is an error in some kernels
+            metadata.wanted_rows = wanted if len(wanted) < len(inputs.input_ids) else None
+        self._backend.prepare(metadata)
+        if metadata.wanted_rows is not None:
+            logits = self._logits(inputs, 0)
+            return logits if rows == wanted else logits[[bisect.bisect_left(wanted, row) for row in rows]]
+        if self._loaded.takes_logits_rows:
+            # A step without rows to sample still asks for one, for the same reason.
+            return self._logits(inputs, inputs.logits_rows if num_rows else 1)[:num_rows]
+        return self._logits(inputs, None)[inputs.logits_rows]
+
+    def _logits(self, inputs: BatchInputs, to_keep: torch.Tensor | int | None) -> torch.Tensor:
+        """Float32 logits of the rows `to_keep` of what the last layer gives: 0 all of them, 1 the last one; None: the
+        model does not take it, and gives all."""
         takes_rows = self._loaded.takes_logits_rows
         if self._adapters is not None:
             self._adapters.begin_step(inputs.adapters, head_takes_logits_rows=takes_rows)
@@ -125,13 +143,10 @@ class ModelRunner:
             attention_mask=self._no_mask,
             attention_metadata=inputs.attention,
             attention_backend=self._backend,
-            # A step without rows to sample still asks for one: an empty matrix product is an error in some kernels.
-            **({"logits_to_keep": inputs.logits_rows if len(inputs.logits_rows) else 1} if takes_rows else {}),
+            **({} if to_keep is None else {"logits_to_keep": to_keep}),
         )
-        logits: torch.Tensor = output.logits[0]
-        if not takes_rows:
-            logits = logits[inputs.logits_rows]
-        return logits[: len(inputs.logits_rows)].float()
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
 
     def release_unused_memory(self) -> None:
         """Give the device what its allocator keeps for later; for use after a step that ran out of memory."""

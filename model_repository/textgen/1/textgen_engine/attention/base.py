@@ -71,6 +71,8 @@ class AttentionMetadata:
     slot_blocks, slot_offsets: int64 [num_tokens], the block and the place in it where each token's K and V go.
     keys, values: the cache's tensors, one per layer.
     device_seq_lens: seq_lens as int32 on the device, where they are a buffer of their own; None: not there yet.
+    wanted_rows: query rows, in ascending order, beside which the last layer's results are not asked for; a backend's
+        plan may make use of it. None: all are.
     plan: what the backend's `prepare` worked out once for all layers.
     """
 
@@ -83,6 +85,7 @@ class AttentionMetadata:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     device_seq_lens: torch.Tensor | None = None
+    wanted_rows: list[int] | None = None
     plan: object = None
 
 

@@ -14,7 +14,8 @@ from textgen_engine.kernels.cpu import CACHE_DTYPES, HEAD_DIM_MULTIPLE, CpuKerne
 
 
 class CompiledBackend(AttentionBackend):
-    """See the module's docstring. A step's plan is its StepTables where the kernels apply."""
+    """See the module's docstring. A step's plan is its StepTables where the kernels apply; elsewhere all of
+    its rows are computed."""
 
     def __init__(self, kernels: CpuKernels) -> None:
         self._kernels = kernels
@@ -27,6 +28,7 @@ class CompiledBackend(AttentionBackend):
         if all(_is_served(cache) for cache in (*metadata.keys, *metadata.values)):
             metadata.plan = StepTables(metadata)
         else:
+            metadata.wanted_rows = None
             self._other.prepare(metadata)
 
     def run(

@@ -33,6 +33,12 @@ struct Step {
     const int64_t* slot_offsets;
 };
 
+// The rows of a step whose results are wanted, which attend as sequences of one query each.
+struct Wanted {
+    const int64_t* rows;
+    Step step;  // no slots: keys and values of all rows are stored before
+};
+
 // Rows of heads: from one token to the next, and from one head to the next, in floats.
 struct Rows {
     const float* data;
@@ -337,27 +343,34 @@ void store_rows(Pool* pool, Rows rows, Stored* cache, const Step& step, int64_t 
     });
 }
 
-// Stores a step's keys and values and attends, all rows of output [num_tokens, num_heads, value_dim].
-template <class Element, class Stored>
-void attend_stored(Pool* pool, Rows query, Rows key, Rows value, Stored* keys, Stored* values, float* output,
-                   const Shape& shape, const Step& step, const Scoring& how) {
-    store_rows(pool, key, keys, step, shape.num_kv_heads, shape.block_size, shape.dim, false);
-    store_rows(pool, value, values, step, shape.num_kv_heads, shape.block_size, shape.value_dim, true);
-    attend_decodes<Element>(pool, query, keys, values, output, shape, step, how);
-    attend_chunks<Element>(pool, query, keys, values, output, shape, step, how);
-}
-
-void attend(Pool* pool, Rows query, Rows key, Rows value, void* keys, void* values, float* output, const Shape& shape,
-            const Step& step, const Scoring& how) {
+// Calls run with a null pointer to what the cache holds and something of what it is multiplied as.
+template <class Run>
+void by_stored(const Shape& shape, Run run) {
     using InPairs = std::conditional_t<kHasPairs, Pair, float>;
-    auto run = [&](auto* stored, auto element) {
-        using Stored = decltype(stored);
-        attend_stored<decltype(element)>(pool, query, key, value, static_cast<Stored>(keys), static_cast<Stored>(values),
-                                         output, shape, step, how);
-    };
     auto run_float8 = [&](auto* stored) { shape.in_pairs ? run(stored, InPairs()) : run(stored, 0.0f); };
     if (shape.cache == kFloatCache) run(static_cast<float*>(nullptr), 0.0f);
     if (shape.cache == kBfloat16Cache) run(static_cast<uint16_t*>(nullptr), InPairs());
     if (shape.cache == kE4m3Cache) run_float8(static_cast<E4m3*>(nullptr));
     if (shape.cache == kE5m2Cache) run_float8(static_cast<E5m2*>(nullptr));
+}
+
+// Puts a step's keys and values where later steps find them.
+void store(Pool* pool, Rows key, Rows value, void* keys, void* values, const Shape& shape, const Step& step) {
+    by_stored(shape, [&](auto* stored, auto) {
+        using Stored = decltype(stored);
+        store_rows(pool, key, static_cast<Stored>(keys), step, shape.num_kv_heads, shape.block_size, shape.dim, false);
+        store_rows(pool, value, static_cast<Stored>(values), step, shape.num_kv_heads, shape.block_size, shape.value_dim,
+                   true);
+    });
+}
+
+// All rows of output [num_tokens, num_heads, value_dim], from what is stored.
+void attend(Pool* pool, Rows query, void* keys, void* values, float* output, const Shape& shape, const Step& step,
+            const Scoring& how) {
+    by_stored(shape, [&](auto* stored, auto element) {
+        using Stored = decltype(stored);
+        const auto from_keys = static_cast<Stored>(keys), from_values = static_cast<Stored>(values);
+        attend_decodes<decltype(element)>(pool, query, from_keys, from_values, output, shape, step, how);
+        attend_chunks<decltype(element)>(pool, query, from_keys, from_values, output, shape, step, how);
+    });
 }

@@ -10,6 +10,7 @@ weights to it.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import fcntl
 import hashlib
@@ -20,7 +21,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class CpuKernels:
 
     def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
         self._pack, self._take, self._linear = library.textgen_pack, library.textgen_take, library.textgen_linear
-        self._attend, self._layer = library.textgen_attend, library.textgen_layer
+        self._attend, self._layers = library.textgen_attend, library.textgen_layers
         self._pack.argtypes = _types("pippii")
         self._take.argtypes = _types("pipppii")
         self._linear.argtypes = _types("pipppiii")
@@ -60,14 +61,14 @@ class CpuKernels:
         # What weights of floats may be of; integers are int8.
         self.dtypes = {torch.float32} | ({torch.bfloat16} if library.textgen_has_bfloat16() else set())
         self._attend.argtypes = _types("pppppppppp")
-        self._layer.argtypes = _types("ppppppppp")
+        self._layers.argtypes = _types("ppi" + "ppppppppp")
         self._largest, self._finalists = library.textgen_largest, library.textgen_finalists
         self._largest.argtypes = _types("ppippiii")
         self._finalists.argtypes = _types("ppipppppiii")
         self._forbid = library.textgen_forbid
         self._forbid.argtypes = _types("ppippiii")
         self._largest.restype = self._finalists.restype = self._forbid.restype = None
-        for function in (self._pack, self._take, self._linear, self._attend, self._layer):
+        for function in (self._pack, self._take, self._linear, self._attend, self._layers):
             function.restype = None
         self._coded_linear = library.textgen_coded_linear
         self._coded_linear.argtypes = _types("pippppppp" + "iiii")
@@ -176,27 +177,32 @@ class CpuKernels:
         )
         return output
 
-    def layer(
+    def layers(
         self,
-        layer: GatedLayer,
+        layers: GatedLayers,
         step: StepTables,
         x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        rotary: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
     ) -> torch.Tensor:
-        """One whole layer in one call: x [num_tokens, hidden], cos and sin [num_tokens, dim] of all rotary positions,
-        all float32, and the layer's cache, of one of CACHE_DTYPES -> [num_tokens, hidden]."""
-        assert x.dtype is cos.dtype is sin.dtype is torch.float32
-        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-        assert x.shape[0] == cos.shape[0] == step.num_tokens
-        output = torch.empty_like(x)
-        tensors = (x, cos, sin, keys, values, output)
-        self._layer(
+        """Whole layers one after another in one call: x [num_tokens, hidden], rotary: for each layer cos and sin
+        [num_tokens, dim] of all rotary positions, all float32; keys and values: the cache's of all layers of the model,
+        of one of CACHE_DTYPES -> [num_tokens, hidden], or [len(step.wanted_rows), hidden] where those are not all."""
+        assert x.dtype is torch.float32 and len(rotary) == len(layers)
+        x = x.contiguous()
+        tables = {id(pair): tuple(table.contiguous() for table in pair) for pair in rotary}  # one pair for many layers
+        for cos, sin in tables.values():
+            assert x.shape[0] == cos.shape[0] == step.num_tokens and cos.dtype is sin.dtype is torch.float32
+        wanted = step.wanted
+        output = torch.empty_like(x) if wanted is None else x.new_empty(wanted.num_rows, x.shape[1])
+        passed_on = output if wanted is None else torch.empty_like(x)
+        self._layers(
             self._pool,
-            *(ctypes.byref(structure) for structure in (layer.structure_for(keys, values), step.structure)),
-            *(_address(tensor) for tensor in tensors),
+            *(layers.structures_for(keys, values), len(layers), ctypes.byref(step.structure)),
+            *(None if wanted is None else ctypes.byref(wanted.structure), x.data_ptr()),
+            *(_addresses([tables[id(pair)][which] for pair in rotary]) for which in (0, 1)),
+            *(layers.of(keys), layers.of(values), passed_on.data_ptr(), output.data_ptr()),
         )
         return output
 
@@ -279,6 +285,10 @@ class _Step(ctypes.Structure):
     ]
 
 
+class _Wanted(ctypes.Structure):
+    _fields_ = [("rows", ctypes.c_void_p), ("step", _Step)]
+
+
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 # Neighbours in depth that lie together in a packed weight.
 _TOGETHER = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
@@ -333,7 +343,10 @@ class Activation(IntEnum):
 
 
 class StepTables:
-    """What all layers of a step share: where keys and values go, and what each sequence sees."""
+    """What all layers of a step share: where keys and values go, and what each sequence sees.
+
+    wanted: where the last layer need not give all rows, those of metadata.wanted_rows.
+    """
 
     def __init__(self, metadata: AttentionMetadata) -> None:
         starts = list(itertools.accumulate(metadata.query_lens[metadata.num_decodes :], initial=metadata.num_decodes))
@@ -354,6 +367,38 @@ class StepTables:
             chunk_starts=_address(self._starts),
             slot_blocks=_address(metadata.slot_blocks),
             slot_offsets=_address(metadata.slot_offsets),
+        )
+        self.wanted = None if metadata.wanted_rows is None else _WantedRows(metadata, metadata.wanted_rows, starts)
+
+
+class _WantedRows:
+    """Rows of a step, each as a sequence of its own that ends with this row's token."""
+
+    def __init__(self, metadata: AttentionMetadata, rows: list[int], chunk_starts: list[int]) -> None:
+        """rows: in ascending order, none twice."""
+        self.num_rows = len(rows)
+        num_decodes = metadata.num_decodes
+        sequences = [
+            row if row < num_decodes else num_decodes + bisect.bisect_right(chunk_starts, row) - 1 for row in rows
+        ]
+        ends = [*range(1, num_decodes + 1), *chunk_starts[1:]]
+        lengths = [
+            metadata.seq_lens[sequence] - (ends[sequence] - 1 - row)
+            for row, sequence in zip(rows, sequences, strict=True)
+        ]
+        # Kept, for the structure has their addresses alone.
+        self._rows = torch.tensor(rows, dtype=torch.int64)
+        self._lengths = torch.tensor(lengths, dtype=torch.int64)
+        self._block_tables = metadata.block_tables[torch.tensor(sequences)]
+        self.structure = _Wanted(
+            rows=_address(self._rows),
+            step=_Step(
+                num_decodes=len(rows),
+                num_tokens=len(rows),
+                block_tables=_address(self._block_tables),
+                table_stride=self._block_tables.stride(0),
+                lengths=_address(self._lengths),
+            ),
         )
 
 
@@ -406,6 +451,32 @@ class GatedLayer:
         return self._structure
 
 
+class GatedLayers:
+    """Layers that follow one another, each with its place in the cache."""
+
+    def __init__(self, layers: Sequence[tuple[int, GatedLayer]]) -> None:
+        """Pairs of a layer's index in the cache and the layer."""
+        self._layers = layers
+        self._shapes: list[Any] = []
+        self._addresses: Any = None
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def structures_for(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> Any:
+        """The layers' addresses, with the shapes of this cache, which are looked up anew only when they change."""
+        shapes = [(tensor.shape, tensor.dtype) for tensor in itertools.chain(keys, values)]
+        if shapes != self._shapes:
+            structures = [layer.structure_for(keys[index], values[index]) for index, layer in self._layers]
+            self._addresses = (ctypes.c_void_p * len(structures))(*(ctypes.addressof(one) for one in structures))
+            self._shapes = shapes
+        return self._addresses
+
+    def of(self, cache: list[torch.Tensor]) -> Any:
+        """The addresses of these layers' parts of the cache."""
+        return _addresses([cache[index] for index, _ in self._layers])
+
+
 def _shape(num_heads: int, keys: torch.Tensor, values: torch.Tensor, *, in_bfloat16: bool) -> _Shape:
     assert keys.is_contiguous() and values.is_contiguous()
     assert keys.shape[3] % HEAD_DIM_MULTIPLE == 0 and values.shape[3] % HEAD_DIM_MULTIPLE == 0
@@ -433,6 +504,10 @@ def _rows(tensor: torch.Tensor) -> Any:
 
 def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _addresses(tensors: list[torch.Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
 def _types(letters: str) -> list[Any]:

@@ -275,26 +275,27 @@ void by_pieces(Pool* pool, int64_t num_outputs, Work work) {
 
 // A decoder layer: h = x + attention(norm(x)) @ wo^T; out = h + (act(gate) * up) @ wd^T, gate and up = norm(h) @ w^T;
 // what is added to x and h goes through a norm of its own where there is one. `intermediate` is a multiple of kBlock, so
-// that gate and up have blocks of their own. cos and sin: [rows, dim].
+// that gate and up have blocks of their own. cos and sin: [rows, dim]. wanted: the rows of h and out that there are; null:
+// all. Without it out may be x.
 template <class Element>
-void run_layer(Pool* pool, const Element*, const Layer& layer, const Step& step, const float* x, const float* cos, const float* sin,
-               void* keys, void* values, float* out) {
+void run_layer(Pool* pool, const Element*, const Layer& layer, const Step& step, const Wanted* wanted, const float* x,
+               const float* cos, const float* sin, void* keys, void* values, float* out) {
     const Shape& shape = layer.shape;
-    const int64_t num_rows = step.num_tokens, hidden = layer.hidden, intermediate = layer.intermediate;
+    const int64_t num_tokens = step.num_tokens, num_rows = wanted ? wanted->step.num_tokens : num_tokens, hidden = layer.hidden, intermediate = layer.intermediate;
     const int64_t dim = shape.dim, half = dim / 2, attended_size = shape.num_heads * shape.value_dim;
     const int64_t qkv_size = (shape.num_heads + shape.num_kv_heads) * dim + shape.num_kv_heads * shape.value_dim;
-    float* normed = pool->room(num_rows * (2 * hidden + std::max(qkv_size + attended_size, intermediate)));
-    float* h = normed + num_rows * hidden;
-    float* qkv = h + num_rows * hidden;
-    float* attended = qkv + num_rows * qkv_size;
+    float* normed = pool->room(num_tokens * (2 * hidden + std::max(qkv_size + attended_size, intermediate)));
+    float* h = normed + num_tokens * hidden;
+    float* qkv = h + num_tokens * hidden;
+    float* attended = qkv + num_tokens * qkv_size;
     float* activated = qkv;  // when both are done with
-    by_rows(pool, num_rows,
+    by_rows(pool, num_tokens,
             [&](int64_t row) { layer.input_norm(x + row * hidden, normed + row * hidden, hidden); });
-    auto inputs_of = [&](const float* from, int64_t depth) {
-        return as_inputs(pool, from, num_rows, depth, static_cast<const Element*>(nullptr));
+    auto inputs_of = [&](const float* from, int64_t count, int64_t depth) {
+        return as_inputs(pool, from, count, depth, static_cast<const Element*>(nullptr));
     };
-    run_linear(pool, layer.qkv, inputs_of(normed, hidden), nullptr, qkv, num_rows, qkv_size);
-    by_rows(pool, num_rows, [&](int64_t row) {
+    run_linear(pool, layer.qkv, inputs_of(normed, num_tokens, hidden), nullptr, qkv, num_tokens, qkv_size);
+    by_rows(pool, num_tokens, [&](int64_t row) {
         for (int64_t head = 0; head < shape.num_heads + shape.num_kv_heads; ++head) {
             float* first = qkv + row * qkv_size + head * dim;
             float* second = first + half;
@@ -310,21 +311,32 @@ void run_layer(Pool* pool, const Element*, const Layer& layer, const Step& step,
         }
     });
     const float* key = qkv + shape.num_heads * dim;
-    attend(pool, {qkv, qkv_size, dim}, {key, qkv_size, dim}, {key + shape.num_kv_heads * dim, qkv_size, shape.value_dim},
-           keys, values, attended, shape, step, layer.scoring);
+    store(pool, {key, qkv_size, dim}, {key + shape.num_kv_heads * dim, qkv_size, shape.value_dim}, keys, values, shape,
+          step);
+    const float* residual = x;
+    if (wanted) {  // in ascending order, so that each goes to where nothing is left to be read
+        for (int64_t row = 0; row < num_rows; ++row) {
+            const int64_t from = wanted->rows[row];
+            std::copy_n(x + from * hidden, hidden, normed + row * hidden);
+            std::memmove(qkv + row * qkv_size, qkv + from * qkv_size, qkv_size * sizeof(float));
+        }
+        std::copy_n(normed, num_rows * hidden, out);
+        residual = out;
+    }
+    attend(pool, {qkv, qkv_size, dim}, keys, values, attended, shape, wanted ? wanted->step : step, layer.scoring);
     // out = weights @ from + residual, or + norm(weights @ from).
     auto add_linear = [&](const float* from, int64_t depth, const Linear& linear, const Norm& norm,
                           const float* residual, float* to) {
-        run_linear(pool, linear, inputs_of(from, depth), norm.weight ? nullptr : residual, to, num_rows, hidden);
+        run_linear(pool, linear, inputs_of(from, num_rows, depth), norm.weight ? nullptr : residual, to, num_rows, hidden);
         if (norm.weight)
             by_rows(pool, num_rows, [&](int64_t row) {
                 norm(to + row * hidden, to + row * hidden, hidden);
                 for (int64_t i = row * hidden; i < (row + 1) * hidden; ++i) to[i] += residual[i];
             });
     };
-    add_linear(attended, attended_size, layer.output, layer.attention_norm, x, h);
+    add_linear(attended, attended_size, layer.output, layer.attention_norm, residual, h);
     by_rows(pool, num_rows, [&](int64_t row) { layer.mlp_norm(h + row * hidden, normed + row * hidden, hidden); });
-    const Inputs<Element> inputs = inputs_of(normed, hidden);
+    const Inputs<Element> inputs = inputs_of(normed, num_rows, hidden);
     const int64_t num_blocks = intermediate / kBlock;
     by_blocks(pool, num_rows, num_blocks, [&](int64_t block, int64_t first, int64_t end) {
         const int64_t count = end - first;
@@ -395,14 +407,25 @@ void textgen_linear(void* handle, int64_t kind, const Linear* linear, const floa
 
 void textgen_attend(void* pool, const Rows* query, const Rows* key, const Rows* value, void* keys, void* values,
                     float* output, const Shape* shape, const Step* step, const Scoring* scoring) {
-    attend(static_cast<Pool*>(pool), *query, *key, *value, keys, values, output, *shape, *step, *scoring);
+    store(static_cast<Pool*>(pool), *key, *value, keys, values, *shape, *step);
+    attend(static_cast<Pool*>(pool), *query, keys, values, output, *shape, *step, *scoring);
 }
 
-void textgen_layer(void* pool, const Layer* layer, const Step* step, const float* x, const float* cos, const float* sin,
-                   void* keys, void* values, float* out) {
-    by_kind(layer->kind, [&](const auto* element) {
-        run_layer(static_cast<Pool*>(pool), element, *layer, *step, x, cos, sin, keys, values, out);
-    });
+// Layers one after another: x [num_tokens, hidden] -> out [num_tokens, hidden], or with `wanted` [its rows, hidden] of the
+// last layer's. cos, sin, keys and values: each layer's.
+void textgen_layers(void* handle, const Layer* const* layers, int64_t num_layers, const Step* step, const Wanted* wanted,
+                    const float* x, const float* const* cos, const float* const* sin, void* const* keys,
+                    void* const* values, float* passed_on, float* out) {
+    Pool* pool = static_cast<Pool*>(handle);
+    for (int64_t i = 0; i < num_layers; ++i) {
+        const bool is_last = i + 1 == num_layers;
+        float* to = is_last ? out : passed_on;
+        by_kind(layers[i]->kind, [&](const auto* element) {
+            run_layer(pool, element, *layers[i], *step, is_last ? wanted : nullptr, x, cos[i], sin[i], keys[i], values[i],
+                      to);
+        });
+        x = to;
+    }
 }
 
 // The `count` largest of each of num_rows rows, `stride` floats apart: values and ids [num_rows, count].

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,7 @@ from torch.nn import functional
 
 from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata, Scoring
 from textgen_engine.attention.bridge import STEP_ATTRIBUTE
-from textgen_engine.attention.compiled import CompiledBackend
-from textgen_engine.kernels.cpu import Activation, CpuKernels, GatedLayer, StepTables
+from textgen_engine.kernels.cpu import Activation, CpuKernels, GatedLayer, GatedLayers, StepTables
 from textgen_engine.mapped_memory import WeightMemory
 from textgen_engine.models.cpu_linear import JoinedLinears, PackedLinear, has_hooks
 from textgen_engine.models.quantization.linear import IntegerLinear, QuantizedLinear
@@ -151,14 +150,14 @@ class FusedGatedLayer(torch.nn.Module):
             self.gate_up = _join(kernels, mlp.gate_proj, mlp.up_proj)
             self.down = mlp.down_proj
             self.activation = mlp.act_fn
-        self._kernels = kernels
-        self._whole: GatedLayer | None = None
+        self.whole: GatedLayer | None = None  # for a kernel that computes all of it
+        self.together: LayersTogether | None = None
         packed = [
             self._pack(name, kernels, memory)
             for name in (("qkv", "output") if family.has_experts else ("qkv", "output", "gate_up", "down"))
         ]
         if kernels is not None and all(packed) and self.experts is None:
-            self._whole = self._as_one_call(kernels)
+            self.whole = self._as_one_call(kernels)
 
     def _pack(self, name: str, kernels: CpuKernels | None, memory: WeightMemory | None) -> bool:
         """Give a linear layer the form that the kernels read, if it can have it."""
@@ -197,34 +196,19 @@ class FusedGatedLayer(torch.nn.Module):
         attention_backend: AttentionBackend,
         **_: Any,  # masks, positions and caches of transformers, which attention/bridge.py has no use for either
     ) -> torch.Tensor:
-        cos, sin = (table[0].float() for table in position_embeddings)
-        output = self._run(hidden_states[0].float(), cos, sin, attention_metadata, attention_backend)
-        return (output.to(hidden_states.dtype) if self.returns_input_type else output)[None]
-
-    def _run(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        attention_metadata: AttentionMetadata,
-        attention_backend: AttentionBackend,
-    ) -> torch.Tensor:
-        """x [num_tokens, hidden], cos and sin [num_tokens, dim] -> [num_tokens, hidden], all float32."""
-        plan = attention_metadata.plan
         if (
-            self._whole is not None
-            and self._kernels is not None
-            and isinstance(plan, StepTables)
-            and type(attention_backend) is CompiledBackend
-            and self.sum_over_ranks is None
-            and cos.shape[1] == self.head_dim
+            self.together is not None
+            and isinstance(attention_metadata.plan, StepTables)
+            and position_embeddings[0].shape[2] == self.head_dim
         ):
-            cache = attention_metadata.keys[self.layer_idx], attention_metadata.values[self.layer_idx]
-            return self._kernels.layer(self._whole, plan, x, cos, sin, *cache)
+            return self.together.pass_on(self, hidden_states, position_embeddings, attention_metadata)
+        cos, sin = (table[0].float() for table in position_embeddings)
+        x = hidden_states[0].float()
         qkv = self._plain_in(x, cos, sin)
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         attended = attention_backend.run(self.layer_idx, query, key, value, attention_metadata, self.scoring)
-        return self._plain_out(attended.reshape(x.shape[0], -1), x)
+        output = self._plain_out(attended.reshape(x.shape[0], -1), x)
+        return (output.to(hidden_states.dtype) if self.returns_input_type else output)[None]
 
     def _plain_in(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         qkv: torch.Tensor = self.qkv(self.input_norm(x))
@@ -253,12 +237,65 @@ class FusedGatedLayer(torch.nn.Module):
         return partial if self.sum_over_ranks is None else self.sum_over_ranks(partial)
 
 
+class LayersTogether:
+    """Fused layers that follow one another in a model, computed in one call when the last of them is reached. Those
+    before it hand on what they were given. Not for models that do anything else to it on the way: RuntimeError."""
+
+    def __init__(self, layers: list[FusedGatedLayer], kernels: CpuKernels) -> None:
+        """layers: in the model's order, each of which has its `whole`."""
+        self._first, self._last = layers[0], layers[-1]
+        wholes = [(layer.layer_idx, layer.whole) for layer in layers if layer.whole is not None]
+        assert len(wholes) == len(layers)
+        self._layers = GatedLayers(wholes)
+        self._kernels = kernels
+        self._given: torch.Tensor | None = None
+        self._rotary: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @classmethod
+    def join(cls, layers: list[FusedGatedLayer], kernels: CpuKernels) -> None:
+        """Let these layers run together from now on."""
+        together = cls(layers, kernels)
+        for layer in layers:
+            layer.together = together
+
+    def pass_on(
+        self,
+        layer: FusedGatedLayer,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """hidden_states [1, num_tokens, hidden]: of the last layer all layers' result, of the others the same again."""
+        if layer is self._first:
+            self._given, self._rotary = hidden_states, []
+        if hidden_states is not self._given:
+            raise RuntimeError("something changes what one decoder layer hands to the next")
+        self._rotary.append(position_embeddings)
+        if layer is not self._last:
+            return hidden_states
+        rotary, self._given, self._rotary = self._rotary, None, []
+        if len(rotary) != len(self._layers):
+            raise RuntimeError(f"{len(rotary)} of {len(self._layers)} decoder layers were run")
+        tables = {id(pair): (pair[0][0].float(), pair[1][0].float()) for pair in rotary}
+        assert isinstance(metadata.plan, StepTables)
+        output = self._kernels.layers(
+            self._layers,
+            metadata.plan,
+            hidden_states[0].float(),
+            [tables[id(pair)] for pair in rotary],
+            *(metadata.keys, metadata.values),
+        )
+        return (output.to(hidden_states.dtype) if layer.returns_input_type else output)[None]
+
+
 @dataclass
 class Fusion:
-    """What fuse_layers did. layers: how many of each family. num_differing: alike in structure, but not in result."""
+    """What fuse_layers did. layers: how many of each family. num_differing: alike in structure, but not in result.
+    all_together: the model's layers all run in one call, which may leave out what of the last one's is not wanted."""
 
     layers: Counter[str] = field(default_factory=Counter)
     num_differing: int = 0
+    all_together: bool = False
 
     def __str__(self) -> str:
         parts = [f"{count} layers fused as {family}'s" for family, count in self.layers.items()] or ["no layer fused"]
@@ -292,7 +329,31 @@ def fuse_layers(
         if len(fused_layers) == len(layers):  # nobody else sees what they pass on
             for layer in fused_layers:
                 layer.returns_input_type = False
+        if kernels is not None and not is_part:
+            for run in _runs(layers):
+                LayersTogether.join(run, kernels)
+                done.all_together = len(run) == len(layers) == len(scorings)
     return done
+
+
+def call_separately(model: torch.nn.Module, kernels: CpuKernels | None) -> bool:
+    """Give each fused layer a call of its own again; False where nothing was together."""
+    found = [layer for layer in model.modules() if isinstance(layer, FusedGatedLayer) and layer.together is not None]
+    for layer in found:
+        assert kernels is not None
+        LayersTogether.join([layer], kernels)
+    return bool(found)
+
+
+def _runs(layers: Iterable[torch.nn.Module]) -> list[list[FusedGatedLayer]]:
+    """Layers behind one another for each of which there is a kernel that computes all of it."""
+    runs: list[list[FusedGatedLayer]] = [[]]
+    for layer in layers:
+        if isinstance(layer, FusedGatedLayer) and layer.whole is not None:
+            runs[-1].append(layer)
+        else:
+            runs.append([])
+    return [run for run in runs if run]
 
 
 @torch.inference_mode()

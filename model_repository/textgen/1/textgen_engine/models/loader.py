@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from dataclasses import dataclass
@@ -30,13 +31,13 @@ from textgen_engine.models.dense import DENSE_LAYERS, DenseFallback
 from textgen_engine.models.dense import MAX_POSITIONS as DENSE_POSITIONS
 from textgen_engine.models.experts import replace_experts
 from textgen_engine.models.families import PREPARATIONS
-from textgen_engine.models.fusion import fuse_layers
+from textgen_engine.models.fusion import Fusion, call_separately, fuse_layers
 from textgen_engine.models.gpu_layers import fuse_gpu_layers, triton_kernels
 from textgen_engine.models.quantization.hooks import QuantizationHooks, checkpoint_settings, choose_method
 from textgen_engine.models.quantization.linear import IntegerLinear
 from textgen_engine.models.sharded_reading import PartHooks
 from textgen_engine.models.sharding import Plan, connect_ranks, keep_biases_of_rank_0, make_plan
-from textgen_engine.models.trial import LayerNeeds, check_results, probe_layers, stock_logits
+from textgen_engine.models.trial import check_results, gives_wanted_rows, probe_layers, stock_logits
 from textgen_engine.models.weights import WeightHooks, WeightReader, as_quantizer, stored_shapes, stored_tensors
 from textgen_engine.parallel.group import Collectives
 from textgen_engine.parallel.split import CannotSplit, Shard
@@ -68,7 +69,8 @@ class LoadedModel:
     window: the widest of the layers' sliding windows, where all have one.
     plan: set where the model is one rank's part; `connect` has then to be called before the first step. tokenizer: None
     on ranks other than 0. reads_masks: False where every layer knows its mask already (models/gpu_layers.py).
-    kernels: the CPU's, where there are any.
+    kernels: the CPU's, where there are any. leaves_out_rows: the last layer computes AttentionMetadata's
+    wanted_rows alone, where there are any, and all that is behind it gets no more.
     """
 
     model: torch.nn.Module
@@ -84,6 +86,7 @@ class LoadedModel:
     plan: Plan | None = None
     reads_masks: bool = True
     kernels: CpuKernels | None = None
+    leaves_out_rows: bool = False
 
     def connect(self, collectives: Collectives) -> None:
         """Join this rank's part with the others'; every rank does so once."""
@@ -169,7 +172,7 @@ def load_model(
     # A rank's part is tried by itself: its partial results are as good a measure as whole ones.
     vocab_size = text_config.vocab_size if plan is None else plan.num_local_ids
     expected = stock_logits(model, vocab_size, device, stock_attention)
-    reads_masks = True
+    reads_masks, leaves_out_rows = True, False
     max_positions = _max_positions(text_config) - (0 if preparation is None else preparation.skipped(text_config))
     try:
         if preparation is not None:
@@ -193,13 +196,26 @@ def load_model(
         max_positions = min(max_positions, DENSE_POSITIONS)
     else:
         if device.type == "cpu":
-            applied += _prepare_for_cpu(model, config, kernels, needs, fused=fused, is_part=plan is not None)
+            fusion = Fusion()
+            if fused and not config.batch_invariant:
+                fusion = fuse_layers(model, kernels, needs.scorings, is_part=plan is not None)
+                applied.append(str(fusion))
+            applied += _prepare_for_cpu(model, config, kernels, fused=fused)
         elif fused and shard is None and isinstance(backend, FlashBackend):
             num_fused = fuse_gpu_layers(model, backend, triton_kernels(), needs.scorings)
             applied.append(f"{num_fused} layers of kernels in Triton's language")
             reads_masks = num_fused < len(layers)
         if expected is not None:
-            check_results(model, backend, layers, expected, dtype, rounds_activations=_rounds_activations(model))
+            check = functools.partial(check_results, rounds_activations=_rounds_activations(model))
+            try:
+                check(model, backend, layers, expected, dtype)
+            except ModelLoadError:
+                if device.type != "cpu" or not call_separately(model, kernels):
+                    raise
+                fusion.all_together = False
+                check(model, backend, layers, expected, dtype)
+            if device.type == "cpu" and fusion.all_together and takes_rows:
+                leaves_out_rows = gives_wanted_rows(model, backend, layers, expected, dtype)
     if mapped is not None:
         mapped.settle(model)
     return_freed()
@@ -221,6 +237,7 @@ def load_model(
         plan=plan,
         reads_masks=reads_masks,
         kernels=kernels,
+        leaves_out_rows=leaves_out_rows,
     )
 
 
@@ -400,18 +417,11 @@ def _as_set(ids: Any) -> frozenset[int]:
 
 
 def _prepare_for_cpu(
-    model: torch.nn.Module,
-    config: ModelConfig,
-    kernels: CpuKernels | None,
-    needs: LayerNeeds,
-    *,
-    fused: bool,
-    is_part: bool,
+    model: torch.nn.Module, config: ModelConfig, kernels: CpuKernels | None, *, fused: bool
 ) -> list[str]:
     """What was done, for the log."""
     done = []
     if fused and not config.batch_invariant:
-        done.append(str(fuse_layers(model, kernels, needs.scorings, is_part=is_part)))
         num_experts = replace_experts(model, kernels)
         if num_experts:
             done.append(f"experts of {num_experts} layers by compiled grouped products")

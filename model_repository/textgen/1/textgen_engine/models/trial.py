@@ -159,6 +159,46 @@ def check_results(
         )
 
 
+def gives_wanted_rows(
+    model: torch.nn.Module,
+    backend: AttentionBackend,
+    layers: list[LayerShape],
+    expected: torch.Tensor,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether a step of which only some rows are wanted gives those and no others, and the same for them as otherwise.
+
+    For a model whose last layer leaves out the rest where AttentionMetadata.wanted_rows names rows."""
+    device = expected.device
+    ids = _trial_ids(expected.shape[2], device)
+    cache = KVCache(layers, num_blocks=6, block_size=_BLOCK_SIZE, dtype=dtype, device=device)
+    wanted = [1, _LENGTH - 1, 2 * _LENGTH - 1]
+    found = []
+    for rows in (None, wanted):
+        metadata = _metadata(((0, _LENGTH), (0, _LENGTH)), torch.arange(_LENGTH, device=device).repeat(2), cache)
+        metadata.wanted_rows = rows
+        backend.prepare(metadata)
+        try:
+            with torch.inference_mode():
+                logits = model(
+                    input_ids=ids.view(1, -1),
+                    position_ids=torch.arange(_LENGTH, device=device).repeat(2)[None],
+                    use_cache=False,
+                    attention_metadata=metadata,
+                    attention_backend=backend,
+                    logits_to_keep=0,
+                ).logits[0]
+        except CALL_ERRORS:
+            return False
+        found.append(logits.float())
+    whole, some = found
+    if len(some) != len(wanted):
+        return False
+    size = (whole - whole.mean(-1, keepdim=True)).abs().max()
+    tolerance = _TOLERANCE if dtype is torch.float32 else _TOLERANCE_16_BIT
+    return float((whole[wanted] - some).abs().max()) <= tolerance * float(size)
+
+
 def mixers_of(model: torch.nn.Module) -> str:
     """In words, the layers that carry state from token to token outside attention; empty when none is known."""
     classes = {type(module).__name__ for module in model.modules()} - {"Conv1D"}  # that is GPT-2's linear layer
