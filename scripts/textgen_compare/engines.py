@@ -150,7 +150,7 @@ class TextgenEngine(Engine):
                         max_new_tokens=new_tokens,
                         ignore_eos_token=True,
                         return_num_output_tokens=True,
-                        details=True,
+                        details=concurrency == 1,  # for the ids, which are compared
                     )
                     async with stream:
                         async for chunk in stream:

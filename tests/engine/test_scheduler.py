@@ -135,8 +135,30 @@ def test_a_short_prompt_behind_a_long_one_starts_at_once() -> None:
     loop = Loop(budget=256, num_blocks=1000)
     loop.add(request("long", 2000))
     loop.add(request("short", 10, arrival_s=1))
-    assert of(loop.step()) == [("long", 128), ("short", 10)]
+    assert of(loop.step()) == [("long", 246), ("short", 10)]
     assert of(loop.step()) == [("short", 1), ("long", 255)]
+
+
+def test_shorter_prompts_get_at_most_half_of_a_step() -> None:
+    loop = Loop(budget=256, num_blocks=1000)
+    loop.add(request("long", 2000))
+    loop.add(request("b", 100, arrival_s=1))
+    loop.add(request("c", 100, arrival_s=2))
+    assert of(loop.step()) == [("long", 128), ("b", 100), ("c", 28)]
+
+
+def test_prompts_of_like_length_come_one_after_the_other() -> None:
+    loop = Loop(budget=256, num_blocks=1000)
+    loop.add(request("a", 600))
+    loop.add(request("b", 500, arrival_s=1))
+    assert [of(loop.step()) for _ in range(3)] == [[("a", 256)], [("a", 256)], [("a", 88), ("b", 168)]]
+
+
+def test_a_prompt_that_ends_with_the_step_is_not_cut_for_another() -> None:
+    loop = Loop(budget=256, num_blocks=1000)
+    loop.add(request("a", 250))
+    loop.add(request("b", 10, arrival_s=1))
+    assert of(loop.step()) == [("a", 250), ("b", 6)]
 
 
 def test_a_short_prompt_starts_beside_a_long_one_that_is_under_way() -> None:
@@ -144,7 +166,7 @@ def test_a_short_prompt_starts_beside_a_long_one_that_is_under_way() -> None:
     loop.add(request("long", 2000))
     assert of(loop.step()) == [("long", 256)]
     loop.add(request("short", 10, arrival_s=1))
-    assert of(loop.step()) == [("long", 128), ("short", 10)]
+    assert of(loop.step()) == [("long", 246), ("short", 10)]
 
 
 def test_slots_bound_what_runs() -> None:

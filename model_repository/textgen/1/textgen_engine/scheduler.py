@@ -32,6 +32,8 @@ from textgen_engine.step_pace import StepPace
 _MOST_VERIFIED_ROWS = 32
 # A prompt is not cut into chunks smaller than this because another prompt waits beside it.
 _MIN_SHARED_CHUNK = 64
+# How many prompts behind one are looked at for such as are shorter.
+_MOST_LOOKED_AT = 64
 # How many waiting sequences that do not fit are passed over in one step, to bound the step's search.
 _MAX_PASSED_OVER = 16
 # More than one prompt is a crowd when there are fewer streams than this for each.
@@ -207,8 +209,8 @@ class Scheduler:
         for index, sequence in enumerate(prefills):
             if sequence.status is not SequenceStatus.RUNNING or budget <= 0:
                 continue
-            others = index + 1 < len(prefills) or self._can_admit_another()
-            chunk = _chunk(sequence, sequence.num_uncomputed, budget, others, batch)
+            behind = itertools.chain(prefills[index + 1 :], self.waiting if self._free_slots else ())
+            chunk = _chunk(sequence, sequence.num_uncomputed, budget, behind, batch)
             if chunk <= 0:
                 continue
             if self._reserve_by_force(sequence, chunk, batch):
@@ -224,15 +226,16 @@ class Scheduler:
         """
         patience_s = self._config.priority_ageing_s
         num_passed_over = 0
-        for sequence in list(self.waiting):
+        waiting = list(self.waiting)
+        for index, sequence in enumerate(waiting):
             if budget <= 0 or not self._free_slots or num_passed_over >= _MAX_PASSED_OVER:
                 return
             if not sequence.may_run:
                 continue
             found = [] if sequence.request.output.prompt_logprobs else self._blocks.find_prefix(sequence)
             num_found = len(found) * self._blocks.block_size
-            others = len(self.waiting) > 1 and len(self._free_slots) > 1
-            chunk = _chunk(sequence, len(sequence.token_ids) - num_found, budget, others, batch)
+            behind = itertools.islice(waiting, index + 1, None) if len(self._free_slots) > 1 else ()
+            chunk = _chunk(sequence, len(sequence.token_ids) - num_found, budget, behind, batch)
             if chunk <= 0:
                 continue
             # Found blocks that nobody uses count as available now but not once they are taken.
@@ -287,9 +290,6 @@ class Scheduler:
             return "chunking"
         return "backpressure" if self._enough_wait() else "wait_exceeded"
 
-    def _can_admit_another(self) -> bool:
-        return bool(self.waiting and self._free_slots)
-
     def _reserve_by_force(self, sequence: Sequence, num_tokens: int, batch: ScheduledBatch) -> bool:
         """Reserve blocks for the next tokens, preempting less urgent sequences; False if it preempted itself."""
         while True:
@@ -333,11 +333,15 @@ class Scheduler:
         )
 
 
-def _chunk(sequence: Sequence, num_tokens: int, budget: int, others: bool, batch: ScheduledBatch) -> int:
-    """Tokens of a prompt for this step. Beside other prompts it gets half of what is left, so that a short prompt
-    behind a long one starts now and not when the long one is through. 0 when the step can score no more tokens."""
-    if others and num_tokens > budget // 2:
-        budget = min(budget, max(budget // 2, _MIN_SHARED_CHUNK))
+def _chunk(sequence: Sequence, num_tokens: int, budget: int, behind: Iterable[Sequence], batch: ScheduledBatch) -> int:
+    """Tokens of a prompt for this step, num_tokens being left of it. One that does not end with this step leaves up to
+    half of what there is to prompts behind it that are at most half as long: a short one starts now and not when the
+    long one is through, while such as are alike come one after the other, each the sooner for it. 0 when the step can
+    score no more tokens."""
+    if num_tokens > budget:
+        shorter = (other.num_uncomputed for other in itertools.islice(behind, _MOST_LOOKED_AT))
+        kept = sum(length for length in shorter if 2 * length <= num_tokens)
+        budget = max(budget - kept, budget // 2, min(budget, _MIN_SHARED_CHUNK))
     if sequence.request.output.prompt_logprobs:
         budget = min(budget, MAX_SCORED_TOKENS - batch.num_scored_tokens)
     return min(num_tokens, budget)
