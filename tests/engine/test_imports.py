@@ -31,6 +31,7 @@ LAYERS = [
         "messages",
         "parameters",
         "host_memory",
+        "late_compiler",
         "mapped_memory",
         "suspects",
         "host_devices",

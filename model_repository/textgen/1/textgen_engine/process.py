@@ -45,6 +45,7 @@ from textgen_engine.errors import (
     NotReady,
     RankFailure,
 )
+from textgen_engine.late_compiler import without_compiler
 from textgen_engine.logs import configure_logging
 from textgen_engine.messages import EngineEnd, EngineInfo, StepReport
 from textgen_engine.request import GenerationRequest, TokenOutput
@@ -453,8 +454,9 @@ def main(file_descriptor: int) -> int:
     # What is imported stays: the collector would go through all of it again and again, now and later.
     gc.disable()
     # Here, so that the caller's process never imports torch.
-    from textgen_engine.engine import Engine
-    from textgen_engine.parallel.launch import RankProcesses, Ranks
+    with without_compiler():
+        from textgen_engine.engine import Engine
+        from textgen_engine.parallel.launch import RankProcesses, Ranks
 
     gc.freeze()
     gc.enable()
@@ -482,7 +484,8 @@ def main(file_descriptor: int) -> int:
     try:
         if config.parallel.world_size > 1:
             ranks = RankProcesses(config, on_loss=lambda loss: end(f"lost {loss}"))
-        engine = Engine(config, emit, ranks)
+        with without_compiler():
+            engine = Engine(config, emit, ranks)
     except (ModelLoadError, ConfigError, RankFailure, MemoryError) as error:
         reason = str(error)
         if isinstance(error, MemoryError):
