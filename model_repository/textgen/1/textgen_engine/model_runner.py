@@ -18,7 +18,7 @@ from textgen_engine.batch import BatchInputs
 from textgen_engine.config import CacheConfig
 from textgen_engine.cuda_graphs import Capturer, DecodeGraphs
 from textgen_engine.errors import ModelLoadError, RankFailure
-from textgen_engine.host_memory import available_bytes
+from textgen_engine.host_memory import available_bytes, return_freed
 from textgen_engine.kv_cache import KVCache, cache_dtype
 from textgen_engine.models.dense import DenseFallback
 from textgen_engine.models.loader import LoadedModel
@@ -176,6 +176,7 @@ def rank_memory(config: CacheConfig, loaded: LoadedModel, step_bytes: int) -> Ra
         free, total = torch.cuda.mem_get_info(loaded.device)
         budget = int(free - total * (1 - config.memory_fraction)) - step_bytes
         return RankMemory(f"{socket.gethostname()} {loaded.device}", budget, step_bytes, bytes_per_block)
+    return_freed()  # the largest step's
     available = int(available_bytes() * config.memory_fraction) - step_bytes
     # A step of long sequences gathers up to twice the K and V of one layer (attention/sdpa.py pads by less than 2).
     budget = int(available / (1 + 2 / len(loaded.layers)))

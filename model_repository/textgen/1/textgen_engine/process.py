@@ -284,7 +284,8 @@ class EngineClient:
         package_folder = str(Path(__file__).resolve().parent.parent)
         # Threads of the engine's matrix products that spin while they wait for each other stall as soon as another
         # process wants the cores (the server, the stub): measured, up to ten times slower on a busy machine.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+        # Huge pages for what malloc gives: the first touch of a step's large tensors is a part of its time otherwise.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_folder, environment.get("PYTHONPATH")]))
         self._connection = connection = Connection(ours.detach())
         try:

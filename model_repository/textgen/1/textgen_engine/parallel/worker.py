@@ -25,6 +25,7 @@ from textgen_engine.attention.sdpa import SdpaBackend
 from textgen_engine.config import CacheConfig, ModelConfig
 from textgen_engine.cuda_graphs import CudaCapturer
 from textgen_engine.errors import ModelLoadError, RankFailure
+from textgen_engine.host_memory import keep_freed
 from textgen_engine.kernels.cpu import load_kernels
 from textgen_engine.kv_cache import KVCache
 from textgen_engine.logs import configure_logging
@@ -63,6 +64,8 @@ def prepare(config: ModelConfig, shard: Shard | None, *, fused: bool = True) -> 
     device = torch.device(config.device)
     if device.index is not None:
         torch.cuda.set_device(device)  # what is launched or captured without naming a device is for this one
+    if device.type == "cpu":
+        keep_freed()
     kernels = load_kernels(torch.get_num_threads()) if device.type == "cpu" else None
     backend: AttentionBackend
     if config.batch_invariant:
