@@ -29,6 +29,9 @@ _LAUNCHER = "TRITON_TEXTGEN_LAUNCHER"
 # Loading models is running code, mapping shared memory is reading it, and trace and log settings name files to write.
 # Reading a model's configuration and statistics stays open: monitoring and load generators ask for them.
 _ADMIN_APIS = "model-repository,shared-memory,trace,logging"
+# Our own models, whose config.pbtxt say everything. Triton would start each Python model once more to ask it for more;
+# other models that somebody puts beside them may need that.
+_COMPLETE_MODELS = {"ensemble", "textgen", "tokenizer"}
 # Below what Linux takes for outgoing connections (net.ipv4.ip_local_port_range begins at 32768).
 _UNASSIGNED_PORTS = range(15_000, 32_768)
 
@@ -107,7 +110,7 @@ class TritonServer:
             with options.log_file.open("ab") as log:
                 # A session of its own: a Ctrl-C in the terminal reaches the launcher only, which then stops in order.
                 self._process = subprocess.Popen(
-                    _command(runtime, options, self._regions.name),
+                    command_of(runtime, options, self._regions.name),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -157,7 +160,8 @@ class TritonServer:
         self._regions.remove()
 
 
-def _command(runtime: Runtime, options: ServerOptions, region_prefix: str) -> list[str]:
+def command_of(runtime: Runtime, options: ServerOptions, region_prefix: str) -> list[str]:
+    """Of a server whose regions of shared memory have names that begin with region_prefix."""
     command = [
         str(runtime.binary),
         f"--model-repository={options.model_repository}",
@@ -175,6 +179,8 @@ def _command(runtime: Runtime, options: ServerOptions, region_prefix: str) -> li
         command.append(f"--backend-directory={runtime.backend_directory}")
     if options.model_control_mode == "explicit":
         command.append("--load-model=*")
+    if {path.name for path in options.model_repository.iterdir() if path.is_dir()} <= _COMPLETE_MODELS:
+        command.append("--disable-auto-complete-config")
     command.append(f"--http-restricted-api={_ADMIN_APIS}:{KEY_HEADER}={options.admin_key}")
     command.append(f"--grpc-restricted-protocol={_ADMIN_APIS}:{KEY_HEADER}={options.admin_key}")
     if options.forwarded_headers is not None:
