@@ -169,7 +169,7 @@ class Engine:
             has_scratch=bool(config.model.graph_sizes),
         )
         # Nobody needs to wait for it: within seconds after the start all of it is there.
-        threading.Thread(target=cache.populate, name="kv-cache-memory", daemon=True).start()
+        cache.populate_aside()
         self._blocks = BlockManager(
             num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching, window=loaded.window
         )

@@ -5,6 +5,9 @@ Block ids and who owns them belong to block_manager.py.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,6 +16,8 @@ import torch
 from textgen_engine.config import CacheConfig
 from textgen_engine.errors import ModelLoadError
 from textgen_engine.mapped_memory import WeightMemory, populate
+
+_POPULATING_NICENESS = 10
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,17 @@ class KVCache:
         for tensor in (*self.keys, *self.values):
             if tensor.device.type == "cpu":
                 populate(tensor)
+
+    def populate_aside(self) -> None:
+        """The same on a thread that gives way to whatever else wants the processor. (On Linux a thread has a priority
+        of its own.)"""
+
+        def run() -> None:
+            with contextlib.suppress(OSError, AttributeError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _POPULATING_NICENESS)
+            self.populate()
+
+        threading.Thread(target=run, name="kv-cache-memory", daemon=True).start()
 
     def copy_blocks(self, copies: Iterable[tuple[int, int]]) -> None:
         """Copy whole blocks (source, destination), in the order given."""
