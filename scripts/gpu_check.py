@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 """Check and measure the engine's GPU path: one command, no network, no checkpoint, under 8 minutes.
 
-    gpu_check.py [--seconds 450] [--output benchmarks/results] [--only kernels,equalities,speed]
+    gpu_check.py [--seconds 450] [--output benchmarks/results] [--only kernels,attention,equalities,speed,rivals]
 
-Every Triton kernel against its PyTorch reference; graph = eager, overlapped = plain, fused = stock on tiny random
-models; then decode and prefill of random weights in the shapes of Qwen3-0.6B and Llama-3.1-8B, as shares of the memory
-bandwidth and the matrix rate measured in the same run, beside transformers' continuous batching. Writes <gpu>.json and
-a table.
+Every Triton kernel, and every attention library that is installed, against PyTorch's operations; graph = eager,
+overlapped = plain, fused = stock on tiny random models; then decode and prefill of random weights in the shapes of
+Qwen3-0.6B and Llama-3.1-8B, as shares of the memory bandwidth and the matrix rate measured in the same run, beside
+transformers' continuous batching. Writes <gpu>.json and a table.
+
+Each part runs in a process of its own and within a time of its own: one that crashes or hangs costs the others nothing,
+and the results of what was done are written after each of them.
 
 Without a GPU the kernels run in Triton's interpreter at small sizes, and that is all. Exits 0 when nothing failed.
 """
@@ -18,23 +21,25 @@ import dataclasses
 import os
 import platform
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "model_repository" / "textgen" / "1"), str(ROOT / "scripts")]
 
 import torch  # noqa: E402
 
-if TYPE_CHECKING:
-    from textgen_gpu.checks import Run
+from textgen_gpu.checks import Run  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton
 
-PARTS = ("kernels", "equalities", "speed")
+# Seconds that each part may take: several times what it should.
+PARTS = {"kernels": 150.0, "attention": 120.0, "equalities": 120.0, "speed": 200.0, "rivals": 150.0}
+# Of a part's time, what is kept for its process to start and to write down how it ended.
+_MARGIN_S = 10.0
 
 
 def main() -> int:
@@ -42,80 +47,106 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=450.0, help="what does not fit into this time is left out")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run, separated by commas")
+    parser.add_argument("--keep", type=Path, help=argparse.SUPPRESS)  # of a part's process: where its results go
     given = parser.parse_args()
     parts = given.only.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
-
-    from textgen_gpu.checks import Run
-    from textgen_gpu.kernels import check_kernels
-
-    run = Run(time.monotonic() + given.seconds)
+    run = Run(time.monotonic() + given.seconds, path=given.keep)
     if not HAS_GPU:
-        print("no NVIDIA GPU: the kernels are tried in Triton's interpreter, nothing is measured")
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            print("Triton's language is not installed either: nothing to do")
-            return 0
-        run.section("kernels", 10, lambda: check_kernels(run, torch.device("cpu")))
-        return finish(run)
-    measure(run, parts, given.output)
+        check_interpreted(run)
+    elif given.keep is not None:
+        for part in parts:
+            do_part(run, part)
+        return 1 if any(run.failed) else 0
+    else:
+        measure(run, parts, given.output)
     return finish(run)
 
 
+def check_interpreted(run: Run) -> None:
+    print("no NVIDIA GPU: the kernels are tried in Triton's interpreter, nothing is measured")
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        print("Triton's language is not installed either: nothing to do")
+        return
+    from textgen_gpu.kernels import check_kernels
+
+    run.section("kernels", 10, lambda: check_kernels(run, torch.device("cpu")))
+
+
 def measure(run: Run, parts: list[str], output: Path) -> None:
+    """Each part in its own process, which alone uses the GPU; the results after each of them."""
     import transformers
     import triton
 
     from textgen_gpu import report
-    from textgen_gpu.attention import check_attention
-    from textgen_gpu.engines import SHAPES, TINY, model_config
-    from textgen_gpu.equalities import check_equalities
-    from textgen_gpu.kernels import check_kernels
-    from textgen_gpu.rival import measure_rival
-    from textgen_gpu.speed import measure_model, measure_rates
 
-    device = torch.device("cuda", torch.cuda.current_device())
-    name = torch.cuda.get_device_name(device)
-    print(f"{name}, torch {torch.__version__}, triton {triton.__version__}, transformers {transformers.__version__}")
-    if "kernels" in parts:
-        run.section("kernels", 30, lambda: check_kernels(run, device))
-        run.section("attention", 30, lambda: check_attention(run, device))
-    if "equalities" in parts:
+    name = torch.cuda.get_device_name(0)
+    versions = {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    print(", ".join([name, *(f"{package} {version}" for package, version in versions.items())]), flush=True)
+    paths: tuple[Path, ...] = ()
+    with tempfile.TemporaryDirectory() as folder:
+        for part in parts:
+            kept = Path(folder) / f"{part}.json"
+            limit_s = min(PARTS[part], run.seconds_left)
+            command = [sys.executable, __file__, "--only", part, "--keep", str(kept)]
+            run.run_part(part, [*command, "--seconds", str(limit_s - _MARGIN_S)], kept, limit_s)
+            results = {
+                "device": name,
+                "versions": versions,
+                "checks": [dataclasses.asdict(check) for check in run.checks],
+                "figures": run.figures,
+            }
+            paths = report.write(output, name, results)
+    for path in paths:
+        print(f"written: {path}")
+
+
+def do_part(run: Run, part: str) -> None:
+    from textgen_gpu.engines import SHAPES, TINY, model_config
+
+    device = torch.device("cuda", 0)
+    if part == "kernels":
+        from textgen_gpu.kernels import check_kernels
+
+        run.section(part, 0, lambda: check_kernels(run, device))
+    elif part == "attention":
+        from textgen_gpu.attention import check_attention
+
+        run.section(part, 0, lambda: check_attention(run, device))
+    elif part == "equalities":
+        from textgen_gpu.equalities import check_equalities
+
         for tiny in TINY:
-            run.section(f"equalities of {tiny}", 20, lambda tiny=tiny: check_equalities(run, device, tiny))  # type: ignore[misc]
-    if "speed" in parts:
-        models, rivals = run.figures.setdefault("models", {}), run.figures.setdefault("rivals", {})
+            run.section(f"equalities of {tiny}", 10, lambda tiny=tiny: check_equalities(run, device, tiny))  # type: ignore[misc]
+    elif part == "speed":
+        from textgen_gpu.speed import measure_model, measure_rates
 
         def rates() -> None:
             run.figures["rates"] = measure_rates(device)
 
         def ours(shape: str) -> None:
             config = model_config(SHAPES[shape])
-            models[shape] = measure_model(run, config, device, torch.bfloat16, run.figures["rates"])
+            measure_model(run, shape, config, device, torch.bfloat16, run.figures["rates"])
+
+        run.section("rates", 0, rates)
+        for shape in SHAPES:
+            run.section(f"speed of {shape}", 25, lambda shape=shape: ours(shape))  # type: ignore[misc]
+    else:
+        from textgen_gpu.rival import measure_rival
 
         def theirs(shape: str) -> None:
-            rivals[shape] = measure_rival(run, model_config(SHAPES[shape]), device, torch.bfloat16, (1, 16, 64, 256))
+            measure_rival(run, shape, model_config(SHAPES[shape]), device, torch.bfloat16, (1, 16, 64, 256))
 
-        run.section("rates", 10, rates)
         for shape in SHAPES:
-            run.section(f"speed of {shape}", 45, lambda shape=shape: ours(shape))  # type: ignore[misc]
-        for shape in SHAPES:
-            run.section(f"transformers' speed of {shape}", 45, lambda shape=shape: theirs(shape))  # type: ignore[misc]
-    results = {
-        "device": name,
-        "versions": {
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "checks": [dataclasses.asdict(check) for check in run.checks],
-        "figures": run.figures,
-    }
-    for path in report.write(output, name, results):
-        print(f"written: {path}")
+            run.section(f"transformers' speed of {shape}", 15, lambda shape=shape: theirs(shape))  # type: ignore[misc]
 
 
 def finish(run: Run) -> int:

@@ -125,6 +125,11 @@ class Collector:
             if output.is_last:
                 self.done.add(output.request_id)
 
+    def raise_error(self) -> None:
+        """Raise RuntimeError if a request has failed: whoever waits for its tokens would wait forever."""
+        if self.errors:
+            raise RuntimeError(self.errors[0])
+
 
 def make_engine(
     loaded: LoadedModel, backend: AttentionBackend, config: EngineConfig, *, graphs: tuple[int, ...], overlap: bool

@@ -43,7 +43,8 @@ def check_equalities(run: Run, device: torch.device, name: str, num_tokens: int 
         found = _by_engine(config, device, num_tokens, **options)
         greedy = [found.ids[f"r{i}"] for i in range(0, len(_PROMPTS), len(_SAMPLING))]
         equal = greedy == expected
-        run.add(Check(f"{name}, {form}: greedy tokens equal transformers' generate", equal and not found.errors))
+        passed, note = equal and not found.errors, "; ".join(found.errors[:1])
+        run.add(Check(f"{name}, {form}: greedy tokens equal transformers' generate", passed, note))
         if plain is None:
             plain = found
             continue

@@ -32,6 +32,7 @@ def measure_rates(device: torch.device, *, copied_bytes: int = 4 << 30, size: in
 
 def measure_model(
     run: Run,
+    name: str,
     config: Any,
     device: torch.device,
     dtype: torch.dtype,
@@ -42,9 +43,10 @@ def measure_model(
     prompts: tuple[int, ...] = (2048, 16_384),
     steps: int = 48,
     tokens_per_step: int = 8192,
-) -> dict[str, Any]:
+) -> None:
     """Decode at each batch size, with `context` tokens of each sequence in the cache, and prefill of one prompt of each
-    length, by the engine with graphs and overlapped steps. Batches whose cache does not fit are left out."""
+    length, by the engine with graphs and overlapped steps; the figures become those of the model `name` as they come.
+    Batches whose cache does not fit are left out."""
     loaded, backend = load_random(config, device, dtype)
     per_token = sum(layer.bytes_per_token(dtype) for layer in loaded.layers)
     # The first sequences decode while the last ones' prompts are computed: so many steps more than are timed.
@@ -67,20 +69,23 @@ def measure_model(
     )
     graphs = batches if device.type == "cuda" else ()
     engine, collector = make_engine(loaded, backend, settings, graphs=graphs, overlap=True)
-    figures: dict[str, Any] = {"decode": {}, "prefill": {}, "attention": [str(c) for c in _choices(backend)]}
+    figures: dict[str, Any] = {"decode": {}, "prefill": {}, "attention": []}
+    run.figures.setdefault("models", {})[name] = figures
     timer = _DeviceTimer(engine, device)
     for length in prompts:
         figures["prefill"][str(length)] = _prefill(engine, collector, config, loaded, device, length, rates)
+        run.keep()
     for batch in batches:
         if run.seconds_left < 20:
             break
         figures["decode"][str(batch)] = _decode(
             engine, collector, loaded, device, batch, context, steps, per_token, rates, timer
         )
+        run.keep()
     figures["graphs"] = engine._runner._graphs is not None
+    figures["attention"] = [str(choice) for choice in _choices(backend)]
     engine.stop()
     engine.run()
-    return figures
 
 
 def _decode(
@@ -103,6 +108,7 @@ def _decode(
         engine.submit(GenerationRequest(name, tuple(ids), stopping=stopping))
     while any(not collector.ids.get(name) for name in names):
         engine.step()
+        collector.raise_error()
     for _ in range(4):
         engine.step()
     _wait(device)
@@ -114,6 +120,9 @@ def _decode(
         durations.append(time.perf_counter() - before_s)
     _wait(device)
     gap = timer.stop()
+    collector.raise_error()
+    if not collector.done.isdisjoint(names):
+        raise RuntimeError(f"not all of {batch} sequences were still running when the last step was timed")
     for name in names:
         engine.cancel(name)
     engine.step()
@@ -153,6 +162,7 @@ def _prefill(
         while name not in collector.done:
             engine.step()
         durations.append(time.perf_counter() - before_s)
+        collector.raise_error()
     took_s = min(durations)
     flops = prefill_flops(config, loaded, length)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -46,9 +47,9 @@ def test_figures_and_their_table(tmp_path: Path) -> None:
     run = Run(time.monotonic() + 300)
     rates = measure_rates(CPU, copied_bytes=1 << 20, size=64)
     config = model_config(TINY["tiny Llama"])
-    figures = measure_model(
-        run, config, CPU, torch.float32, rates, batches=(1, 3), context=20, prompts=(40,), steps=4, tokens_per_step=64
-    )
+    inputs = (run, "tiny", config, CPU, torch.float32, rates)
+    measure_model(*inputs, batches=(1, 3), context=20, prompts=(40,), steps=4, tokens_per_step=64)
+    figures = run.figures["models"]["tiny"]
     assert figures["decode"].keys() == {"1", "3"} and figures["prefill"].keys() == {"40"}
     assert all(row["share_of_bandwidth"] > 0 and row["tokens_per_s"] > 0 for row in figures["decode"].values())
     assert figures["prefill"]["40"]["share_of_flops"] > 0
@@ -64,3 +65,37 @@ def test_figures_and_their_table(tmp_path: Path) -> None:
     text = table.read_text()
     assert "1 checks passed, 1 failed, 1 not run" in text and "ZeroDivisionError" in text
     assert "| 3.00 |" in text and "## tiny, random weights" in text
+
+
+_PART = """
+import os, sys, time
+from pathlib import Path
+from textgen_gpu.checks import Check, Run
+run = Run(time.monotonic() + 60, path=Path(sys.argv[1]))
+run.figures["models"] = {"tiny": {}}
+run.add(Check("before", True))
+print("kept", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "verdict"),
+    [("", None), ("os.abort()", "its process ended with -6"), ("time.sleep(60)", "stopped after")],
+    ids=["well", "crash", "hang"],
+)
+def test_a_part_that_crashes_or_hangs_costs_itself_alone(tmp_path: Path, then: str, verdict: str | None) -> None:
+    run = Run(time.monotonic() + 300)
+    path = tmp_path / "part.json"
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
+    run.run_part("part", [sys.executable, "-c", _PART + then, str(path)], path, 20, environment)
+    assert run.checks[0] == Check("before", True) and run.figures == {"models": {"tiny": {}}}
+    failed = [check.note for check in run.failed]
+    assert failed == [] if verdict is None else len(failed) == 1 and failed[0].startswith(verdict)
+
+
+def test_a_part_without_results_or_time_is_said(tmp_path: Path) -> None:
+    run = Run(time.monotonic() + 300)
+    run.run_part("silent", [sys.executable, "-c", "raise SystemExit(1)"], tmp_path / "none.json", 60)
+    run.deadline_s = time.monotonic() + 5
+    run.run_part("late", [sys.executable, "-c", ""], tmp_path / "none.json", 60)
+    assert [(check.name, check.passed) for check in run.checks] == [("silent", False), ("late", None)]
