@@ -11,7 +11,9 @@ import pytest
 
 from . import fake_backend
 
-_ADAPTER = ("triton_io", "triton_responder", "triton_tracing")
+_ADAPTER = (
+    "triton_requests", "triton_responder", "triton_responses", "triton_tensors", "triton_tokenizer", "triton_tracing",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,8 +26,18 @@ def _backend() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def triton_io(_backend: None) -> Any:
-    return importlib.import_module("triton_io")
+def triton_requests(_backend: None) -> Any:
+    return importlib.import_module("triton_requests")
+
+
+@pytest.fixture(scope="session")
+def triton_tokenizer(_backend: None) -> Any:
+    return importlib.import_module("triton_tokenizer")
+
+
+@pytest.fixture(scope="session")
+def triton_responses(_backend: None) -> Any:
+    return importlib.import_module("triton_responses")
 
 
 @pytest.fixture(scope="session")

@@ -45,11 +45,11 @@ class Desk:
 
 
 @pytest.fixture
-def desk(triton_responder: Any, triton_io: Any) -> Iterator[Callable[..., Desk]]:
+def desk(triton_responder: Any, triton_responses: Any) -> Iterator[Callable[..., Desk]]:
     desks: list[Desk] = []
 
     def make(**config: Any) -> Desk:
-        desks.append(Desk(triton_responder, triton_io, TransportConfig(**config)))
+        desks.append(Desk(triton_responder, triton_responses, TransportConfig(**config)))
         return desks[-1]
 
     yield make

@@ -56,7 +56,7 @@ def test_off_imports_nothing_of_opentelemetry() -> None:
 
 
 def test_over_http_and_only_what_callers_sample(
-    triton_tracing: Any, triton_responder: Any, triton_io: Any, monkeypatch: pytest.MonkeyPatch
+    triton_tracing: Any, triton_responder: Any, triton_requests: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 
@@ -65,7 +65,7 @@ def test_over_http_and_only_what_callers_sample(
         "max_new_tokens": 4, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "seed": 2**64 - 1, "n": 2,
         "frequency_penalty": 0.5, "presence_penalty": 0.5, "grammar": {"type": "json", "value": {"type": "object"}},
     }  # fmt: skip
-    parsed = triton_io.parse_request(
+    parsed = triton_requests.parse_request(
         request(text_input="Hi", sampling_parameters=everything),
         limits=ParameterLimits(),
         vocab_size=100,

@@ -21,9 +21,11 @@ from typing import Any
 # An installed package of the same name must not win over the one beside this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import triton_io
 import triton_python_backend_utils as pb_utils
 import triton_request_log
+import triton_requests
+import triton_responses
+import triton_tokenizer
 from triton_metrics import MetricsPublisher
 from triton_parent import end_with_parent
 from triton_responder import LiveRequest, Responder
@@ -100,10 +102,10 @@ class TritonPythonModel:
             limit = self._config.limits.max_concurrent_requests
             if self._finalizing:
                 self._answer_at_once(live, NotReady("the server is stopping"))
-            elif _is(triton_io.is_info_request, request):
+            elif _is(triton_requests.is_info_request, request):
                 # Nothing of it is counted, and a full server answers it: it is no request to generate.
-                triton_io.send(live.sender, triton_io.info_response(self._config, self._info), final=True)
-            elif self._responder.num_live >= limit and not _is(triton_io.is_cancel_request, request):
+                triton_responses.send(live.sender, triton_responses.info_response(self._config, self._info), final=True)
+            elif self._responder.num_live >= limit and not _is(triton_requests.is_cancel_request, request):
                 self._metrics.count("tgi_request_count")
                 self._trace(live, request)
                 error = Overloaded(f"{limit} requests are live (max_concurrent_requests)")
@@ -132,7 +134,7 @@ class TritonPythonModel:
 
     def _admit(self, live: LiveRequest, request: Any) -> None:
         try:
-            if _is(triton_io.is_cancel_request, request):
+            if _is(triton_requests.is_cancel_request, request):
                 self._cancel_by_id(live)
                 return
             self._metrics.count("tgi_request_count")
@@ -145,7 +147,7 @@ class TritonPythonModel:
             self._fail(live, EngineFailure("the request could not be read"))
 
     def _submit(self, live: LiveRequest, request: Any) -> None:
-        parsed = triton_io.parse_request(
+        parsed = triton_requests.parse_request(
             request,
             limits=self._limits,
             vocab_size=self._info.vocab_size,
@@ -157,18 +159,18 @@ class TritonPythonModel:
         live.adapter_id = parsed.parameters.adapter_id
         if parsed.grammar_refusal is not None:
             self._metrics.count("tgi_request_success")
-            self._responder.reply(live, triton_io.text_response(parsed.grammar_refusal.to_json()))
+            self._responder.reply(live, triton_responses.text_response(parsed.grammar_refusal.to_json()))
             if self._tracer is not None:
                 self._tracer.end(live)
             return
-        timeout_s = triton_io.request_timeout_s(request, parsed.parameters, self._config.limits.default_timeout_s)
+        timeout_s = triton_requests.request_timeout_s(request, parsed.parameters, self._config.limits.default_timeout_s)
         if parsed.input_ids is not None:
             prompt_ids, prompt_text = parsed.input_ids, parsed.prompt_text
         else:
             prompt_ids, prompt_text = self._tokenize(request, parsed)
         if self._config.log_prompts:
             live.logged_prompt, live.logged_texts = prompt_text, {}
-        generation_request = triton_io.build_request(
+        generation_request = triton_requests.build_request(
             parsed,
             request_id=live.key,
             prompt_ids=prompt_ids,
@@ -196,14 +198,14 @@ class TritonPythonModel:
         if live.cancelled:  # between the check and the submission
             self._engine.cancel(live.key)
 
-    def _tokenize(self, request: Any, parsed: triton_io.ParsedRequest) -> tuple[list[int], str]:
+    def _tokenize(self, request: Any, parsed: triton_requests.ParsedRequest) -> tuple[list[int], str]:
         """Ids and text of the prompt. Until a dead instance of the tokenizer is replaced, Triton gives it requests all
         the same, and answers after a second that it is not healthy: then another instance is asked."""
         for _ in range(_NUM_TOKENIZER_TRIES):
-            response = triton_io.tokenizer_request(request, parsed, self._tokenizer_version).exec()
-            if not triton_io.is_from_dead_stub(response):
+            response = triton_tokenizer.tokenizer_request(request, parsed, self._tokenizer_version).exec()
+            if not triton_tokenizer.is_from_dead_stub(response):
                 break
-        return triton_io.read_tokenizer_response(response)
+        return triton_tokenizer.read_tokenizer_response(response)
 
     def _cancel_by_id(self, live: LiveRequest) -> None:
         """Answer a `cancel` request. Nothing of it is counted: it is no request to generate."""
@@ -217,7 +219,7 @@ class TritonPythonModel:
         else:
             for target in targets:
                 self._on_client_gone(target)
-            self._responder.reply(live, triton_io.text_response(""))
+            self._responder.reply(live, triton_responses.text_response(""))
 
     def _fail(self, live: LiveRequest, error: EngineError) -> None:
         if self._responder.fail(live, error):
@@ -231,10 +233,10 @@ class TritonPythonModel:
 
     def _trace(self, live: LiveRequest, request: Any) -> None:
         if self._tracer is not None:
-            self._tracer.begin(live, triton_io.trace_context(request))
+            self._tracer.begin(live, triton_requests.trace_context(request))
 
     def _answer_at_once(self, live: LiveRequest, error: EngineError) -> None:
-        triton_io.send(live.sender, triton_io.error_response(error), final=True)
+        triton_responses.send(live.sender, triton_responses.error_response(error), final=True)
 
     # ---- the engine's and the poller's threads -----------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import triton_io
+import triton_responses
 
 from textgen_engine.config import TransportConfig
 from textgen_engine.errors import EngineError, EngineFailure
@@ -52,7 +52,7 @@ class LiveRequest:
     client_id: str
     sender: Any
     arrival_s: float
-    options: triton_io.ResponseOptions = field(default_factory=triton_io.ResponseOptions)
+    options: triton_responses.ResponseOptions = field(default_factory=triton_responses.ResponseOptions)
     prompt_prefix: str = ""
     adapter_id: str | None = None
     validation_s: float = 0.0
@@ -236,27 +236,27 @@ class Responder:
     def _respond(self, live: LiveRequest, outputs: dict[int, TokenOutput], is_complete: bool) -> None:
         try:
             if live.error is not None:
-                self._finish(live, triton_io.error_response(live.error))
+                self._finish(live, triton_responses.error_response(live.error))
                 return
             if not outputs and not is_complete:
-                triton_io.send(live.sender, triton_io.keep_alive_response(), final=False)
+                triton_responses.send(live.sender, triton_responses.keep_alive_response(), final=False)
                 return
             response = self._build(live, outputs)
             live.num_responses += 1
             if is_complete:
                 self._finish(live, response)
             else:
-                triton_io.send(live.sender, response, final=False)
+                triton_responses.send(live.sender, response, final=False)
         except Exception:  # one request's response must not end the thread that serves all
             logger.exception("a response could not be built or sent")
-            self._finish(live, triton_io.error_response(EngineFailure("a response could not be sent")))
+            self._finish(live, triton_responses.error_response(EngineFailure("a response could not be sent")))
 
     def _build(self, live: LiveRequest, outputs: dict[int, TokenOutput]) -> Any:
         news = [
-            triton_io.ChoiceNews(outputs.get(choice), live.num_tokens.get(choice, 0), live.reasons.get(choice))
+            triton_responses.ChoiceNews(outputs.get(choice), live.num_tokens.get(choice, 0), live.reasons.get(choice))
             for choice in range(live.options.num_choices)
         ]
-        return triton_io.output_response(
+        return triton_responses.output_response(
             live.options,
             news,
             prompt_prefix=live.prompt_prefix if live.num_responses == 0 else "",
@@ -273,10 +273,10 @@ class Responder:
             self._changed.notify_all()
         with live.sender_lock:
             try:
-                triton_io.send(live.sender, response, final=True)
+                triton_responses.send(live.sender, response, final=True)
             except Exception:  # a request without its final flag would hang its client for ever
                 logger.exception("the last response could not be sent; sending the final flag alone")
-                triton_io.send_final_flag(live.sender)
+                triton_responses.send_final_flag(live.sender)
 
     # ---- the poller's thread -----------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from textgen_engine.messages import StepReport
 from textgen_engine.request import Timings
 
 if TYPE_CHECKING:
-    from triton_io import ParsedRequest
+    from triton_requests import ParsedRequest
     from triton_responder import LiveRequest
 
 logger = logging.getLogger(__name__)

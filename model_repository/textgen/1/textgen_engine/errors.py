@@ -19,7 +19,7 @@
 
 A Triton stream carries an error as text alone, without a status code. So the text itself is the contract: it begins
 with `prefix` (Text Generation Inference's own prefixes where it has one), and `kind_of` reads it back. Triton codes
-live in triton_io.py, HTTP codes in the gateway.
+live in triton_responses.py, HTTP codes in the gateway.
 """
 
 from __future__ import annotations
