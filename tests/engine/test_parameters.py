@@ -1,4 +1,4 @@
-"""parameters.py: every name, type, range and combination; messages name parameter, value and limit."""
+"""parameters/: every name, type, range and combination; messages name parameter, value and limit."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`SamplingParams`: how one request's tokens are chosen. Frozen, plain values, no torch.
 
-Ranges are checked where names and JSON values are read (parameters.py), once, before a request is queued.
+Ranges are checked where names and JSON values are read (parameters/), once, before a request is queued.
 """
 
 from __future__ import annotations
