@@ -37,6 +37,11 @@ def check_attention(run: Run, device: torch.device) -> None:
                         results.append(one.run(0, query, key, value, metadata, scoring))
                     name = f"attention {forced} block {block_size} {'mixed' if lengths is _MIXED else 'fresh'}"
                     run.compare(f"{name} {' '.join(options)}".rstrip(), results[0], results[1], 2e-2)
+        if forced != "paged":
+            # PyTorch's operations took its place, wherever it did not pass its trial.
+            reasons = [reason for choice in backend.choices if choice.prefill is None for reason in choice.reasons]
+            unused = [reason for reason in reasons if reason.startswith(forced)]
+            run.add(Check(f"attention {forced}: it serves all that it says it can", not unused, "; ".join(unused)))
 
 
 def _step(

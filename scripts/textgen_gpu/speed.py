@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from textgen_engine.attention.flash import FlashBackend
 from textgen_engine.config import CacheConfig, EngineConfig, LimitsConfig, ModelConfig, SchedulerConfig
 from textgen_engine.engine import Engine
 from textgen_engine.models.loader import LoadedModel
@@ -83,7 +84,7 @@ def measure_model(
         )
         run.keep()
     figures["graphs"] = engine._runner._graphs is not None
-    figures["attention"] = [str(choice) for choice in _choices(backend)]
+    figures["attention"] = [str(choice) for choice in backend.choices] if isinstance(backend, FlashBackend) else []
     engine.stop()
     engine.run()
 
@@ -227,10 +228,6 @@ class _DeviceTimer:
         pairs = zip(self._events, self._events[1:], strict=False)
         gaps = [earlier[1].elapsed_time(later[0]) / 1000 for earlier, later in pairs]
         return statistics.median(gaps) if gaps else 0.0
-
-
-def _choices(backend: Any) -> list[Any]:
-    return list(getattr(backend, "_choices", {}).values())
 
 
 def _best_s(work: Callable[[], Any], device: torch.device, rounds: int = 6) -> float:

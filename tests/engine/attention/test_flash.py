@@ -28,6 +28,7 @@ from textgen_engine.attention.libraries import (
     VarlenLibrary,
     find_libraries,
 )
+from textgen_engine.attention.library_trial import try_library
 
 from .test_sdpa import TOLERANCE, Step, dense, make_step
 
@@ -363,8 +364,55 @@ def test_this_pytorchs_own_is_called_as_it_wants_to_be() -> None:
         query, cache = torch.empty(7, 4, 64), torch.empty(9, 256, 2, 64)
         ints = torch.empty(4, dtype=torch.int32)
         tables = torch.empty(3, 2, dtype=torch.int32)
-        paged = library.attend(query, cache, cache, Spans(ints, ints, ints[:3], 3, 9, tables), Scoring(0.1))
         keys = torch.empty(20, 2, 64)
-        flat = library.attend(query, keys, keys, Spans(ints, ints, ints[:3], 3, 9), Scoring(0.1, sliding_window=4))
-    for output, log_sums in (paged, flat):
+        found = [library.attend(query, keys, keys, Spans(ints, ints, ints[:3], 3, 9), Scoring(0.1, sliding_window=4))]
+        if library.lacks_pages(need(block_size=256)) is None:  # an older PyTorch's reads none
+            found.append(library.attend(query, cache, cache, Spans(ints, ints, ints[:3], 3, 9, tables), Scoring(0.1)))
+    for output, log_sums in found:
         assert output.shape == query.shape and log_sums.shape == (4, 7)
+
+
+# ---- the trial -----------------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def float32_need(**changes: Any) -> Need:
+    return need(**{"dtype": torch.float32, "cache_dtype": torch.float32, "head_dim": 32, "value_dim": 32, **changes})
+
+
+@pytest.mark.parametrize("name", EMULATED)
+def test_libraries_that_compute_rightly_pass_their_trial(name: str) -> None:
+    library = EMULATED[name]()
+    for feature in (None, "sinks", *library.features):
+        for block_size in (16, 256):
+            needed = float32_need(block_size=block_size, features={} if feature is None else {feature: True})
+            assert try_library(library, needed, CPU) is None, feature
+
+
+def test_a_library_that_fails_its_trial_is_passed_over() -> None:
+    class Broken(Flash4):
+        def flash_attn_varlen_func(self, *_: Any, return_lse: bool = False, **__: Any) -> Any:
+            raise RuntimeError("no kernel image is available")
+
+    class Wrong(Flash2):
+        def flash_attn_varlen_func(self, *arguments: Any, **keywords: Any) -> Any:
+            output, *rest = super().flash_attn_varlen_func(*arguments, **keywords)
+            return output + 1, *rest
+
+    libraries = [emulated(FlashAttention4, Broken()), emulated(FlashAttention2, Wrong()), EMULATED["torch"]()]
+    asked: list[str] = []
+
+    def trial(library: VarlenLibrary, needed: Need, device: torch.device) -> str | None:
+        asked.append(library.name)
+        return try_library(library, needed, device)
+
+    backend = FlashBackend(HOPPER, libraries, paged_kernel(), trial=trial)
+    step, scoring = make_step(MIXED, heads=4, kv_heads=2, block_size=256), Scoring(0.25)
+    for _ in range(2):
+        torch.testing.assert_close(run(step, scoring, backend), dense(step, scoring).float(), atol=TOLERANCE, rtol=0)
+    assert asked == ["flash4", "flash2", "torch"], "once per kind of layer"
+    (choice,) = backend.choices
+    assert choice.prefill is libraries[2] and choice.decode is libraries[2]
+    assert "flash4: failed its trial (RuntimeError: no kernel image is available)" in str(choice)
+    assert "flash2: its results on a trial differ by" in str(choice)

@@ -19,6 +19,7 @@ import torch
 from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata, Scoring
 from textgen_engine.attention.choice import Choice, choose
 from textgen_engine.attention.libraries import Need, Spans, VarlenLibrary, find_libraries
+from textgen_engine.attention.library_trial import Trial, try_library
 from textgen_engine.attention.paging import as_stored, is_narrow, store
 from textgen_engine.attention.sdpa import Chunk, SdpaBackend, attend_chunks, plan_chunks
 from textgen_engine.errors import ModelLoadError
@@ -73,13 +74,15 @@ class FlashBackend(AttentionBackend):
         *,
         forced: str = "auto",
         absent: tuple[str, ...] = (),
+        trial: Trial | None = None,
     ) -> None:
-        """forced, absent: see choice.choose."""
+        """forced, absent: see choice.choose. trial: what a library has to pass before it serves a kind of layer."""
         self._traits = traits
         self._libraries = libraries
         self._kernel = kernel
         self._forced = forced
         self._absent = absent
+        self._trial = trial
         self._plain = SdpaBackend()
         self._choices: dict[Need, Choice] = {}
 
@@ -100,11 +103,30 @@ class FlashBackend(AttentionBackend):
         )
         choice = self._choices.get(need)
         if choice is None:
-            has_kernel = self._kernel is not None
-            choice = choose(need, self._libraries, has_kernel=has_kernel, forced=self._forced, absent=self._absent)
-            self._choices[need] = choice
+            choice = self._choices[need] = self._choose(need, keys.device)
             logger.info("%s", choice)
         return choice
+
+    def _choose(self, need: Need, device: torch.device) -> Choice:
+        """The first choice all of whose libraries pass their trial."""
+        libraries, absent = list(self._libraries), list(self._absent)
+        has_kernel, passed = self._kernel is not None, set[str]()
+        while True:
+            choice = choose(need, libraries, has_kernel=has_kernel, forced=self._forced, absent=tuple(absent))
+            untried = [one for one in (choice.prefill, choice.decode) if one is not None and one.name not in passed]
+            if self._trial is None or not untried:
+                return choice
+            lack = self._trial(untried[0], need, device)
+            if lack is None:
+                passed.add(untried[0].name)
+            else:
+                libraries.remove(untried[0])
+                absent.append(f"{untried[0].name}: {lack}")
+
+    @property
+    def choices(self) -> list[Choice]:
+        """What serves each kind of layer seen so far."""
+        return list(self._choices.values())
 
     @property
     def fits_graphs(self) -> bool:
@@ -276,4 +298,4 @@ def make_backend(device: torch.device, forced: str = "auto") -> FlashBackend:
         reasons = "; ".join(reason for reason in absent if reason.startswith(forced))
         raise ModelLoadError(f"TEXTGEN_ATTENTION={forced} is not to be had: {reasons}")
     traits = GpuTraits((properties.major, properties.minor), properties.multi_processor_count)
-    return FlashBackend(traits, libraries, kernel, forced=forced, absent=tuple(absent))
+    return FlashBackend(traits, libraries, kernel, forced=forced, absent=tuple(absent), trial=try_library)
