@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from textgen_engine.kernels.cpu import load_kernels
+from textgen_engine.kernels.cpu import CpuKernels, load_kernels
 from textgen_engine.models.cpu_linear import CpuLinear, PackedLinear, replace_linears
 
 
@@ -30,6 +30,24 @@ def test_the_compiled_kernel_equals_linear(rows: int, depth: int, outputs: int, 
     linear = torch.nn.Linear(depth, outputs, bias=bias)
     x = torch.randn(1, rows, 2 * depth)[..., ::2]
     torch.testing.assert_close(PackedLinear(linear, kernels)(x), linear(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("outputs", "depth"), [(1, 1), (31, 7), (32, 16), (33, 17), (70, 130), (100, 577), (576, 64)])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_packed_weight_is_the_turned_one(
+    kernels: CpuKernels, outputs: int, depth: int, dtype: torch.dtype, shift: int
+) -> None:
+    """To the bit, with zeros where there is nothing, also where neither of the two begins at a whole vector."""
+    weight = (torch.randn(outputs * depth + shift) * 20).to(dtype)[shift:].view(outputs, depth)
+    together = 4 // dtype.itemsize
+    blocks, steps = -(-outputs // kernels.block), -(-depth // together)
+    padded = torch.zeros(blocks * kernels.block, steps * together, dtype=dtype)
+    padded[:outputs, :depth] = weight
+    expected = padded.view(blocks, kernels.block, steps, together).transpose(1, 2)
+    room = torch.full((expected.numel() + together * shift,), 7, dtype=dtype)[together * shift :]
+    found = kernels.pack(weight, lambda shape, _: room.view(shape))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 49])

@@ -20,7 +20,7 @@
 #include <vector>
 
 #include <sched.h>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -213,6 +213,8 @@ inline void put_some(float* to, Vector value, int64_t count) {
 
 #include "linear_kernels.h"
 
+#include "packing_kernels.h"
+
 #include "float8_kernels.h"
 
 #include "attention_kernels.h"
@@ -368,19 +370,12 @@ int64_t textgen_has_bfloat16() { return kHasPairs; }
 
 // packed: room for blocks_of(num_outputs) * kBlock rows.
 void textgen_pack(void* pool, int64_t kind, const void* weight, void* packed, int64_t depth, int64_t num_outputs) {
+    const int64_t row_bytes = depth * (kind == kFloat32 ? 4 : kind == kBfloat16 ? 2 : 1);
+    const int64_t block_bytes = (row_bytes + 3) / 4 * 4 * kBlock;
     static_cast<Pool*>(pool)->run(blocks_of(num_outputs), [&](int64_t block) {
-        const int64_t width = std::min<int64_t>(kBlock, num_outputs - block * kBlock);
-        auto fill = [&](const auto* from, auto* to, int64_t together) {  // neighbours in depth that stay together
-            const int64_t steps = (depth + together - 1) / together;
-            to += block * steps * kBlock * together;
-            for (int64_t k = 0; k < steps * together; ++k)
-                for (int64_t i = 0; i < kBlock; ++i)
-                    to[(k / together * kBlock + i) * together + k % together] =
-                        i < width && k < depth ? from[(block * kBlock + i) * depth + k] : 0;
-        };
-        if (kind == kFloat32) fill(static_cast<const float*>(weight), static_cast<float*>(packed), 1);
-        if (kind == kBfloat16) fill(static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(packed), 2);
-        if (kind == kIntegers) fill(static_cast<const int8_t*>(weight), static_cast<int8_t*>(packed), 4);
+        pack_block(static_cast<const uint8_t*>(weight) + block * kBlock * row_bytes,
+                   std::min<int64_t>(kBlock, num_outputs - block * kBlock), row_bytes,
+                   static_cast<uint8_t*>(packed) + block * block_bytes);
     });
 }
 
