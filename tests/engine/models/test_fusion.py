@@ -22,6 +22,8 @@ from textgen_engine.models.experts import GroupedExperts, replace_experts
 from textgen_engine.models.fusion import FusedGatedLayer, fuse_layers
 from textgen_engine.models.loader import load_model
 
+from ..tiny import save_checkpoint
+
 
 def fused_logits(
     folder: Path,
@@ -112,8 +114,9 @@ def test_fused_with_a_cache_of_8_bits(
     the next of its few values: hence the tolerance."""
     ids = torch.randint(2, 500, (1, 60), generator=torch.Generator().manual_seed(1))
     _, expected = fused_logits(checkpoint(family), ids, compiled=False, cache_dtype=cache_dtype)
-    monkeypatch.setattr(FusedGatedLayer, "_plain_in", None)
-    _, found = fused_logits(checkpoint(family), ids, compiled=True, cache_dtype=cache_dtype)
+    monkeypatch.setattr(CompiledBackend, "run", None)  # which a layer in one call does without
+    num_fused, found = fused_logits(checkpoint(family), ids, compiled=True, cache_dtype=cache_dtype)
+    assert num_fused == {"llama": 3, "gemma3": 7}[family]
     assert (found - expected).square().mean() < 1e-4 * expected.square().mean()
 
 
@@ -126,6 +129,25 @@ def test_fused_with_weights_of_8_bits(checkpoint: Callable[[str], Path], dtype: 
     with torch.inference_mode():
         exact = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), dtype=torch.float32).eval()(ids).logits[0]
     assert (found.float() - exact).square().mean() < 0.03 * exact.square().mean()
+
+
+@pytest.mark.parametrize("num_tokens", [3, 40])
+@pytest.mark.parametrize("method", ["eetq", "fp8", "bitsandbytes-nf4"])
+def test_fused_with_coded_weights(
+    tmp_path: Path, method: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one call, what dequantized weights give; in bfloat16 about as near to float32 as these are in bfloat16, for
+    the rounding of weights is the largest part."""
+    folder = save_checkpoint(tmp_path / "plain", intermediate_size=128)
+    monkeypatch.setattr(CompiledBackend, "run", None)  # which a layer in one call does without
+    ids = torch.randint(2, 500, (1, num_tokens), generator=torch.Generator().manual_seed(1))
+    _, exact = fused_logits(folder, ids, compiled=False, quantize=method)
+    _, rounded = fused_logits(folder, ids, compiled=False, quantize=method, dtype="bfloat16")
+    num_fused, found = fused_logits(folder, ids, compiled=True, quantize=method)
+    torch.testing.assert_close(found, exact, atol=2e-3, rtol=1e-4)
+    num_fused_in_bfloat16, found = fused_logits(folder, ids, compiled=True, quantize=method, dtype="bfloat16")
+    assert num_fused == num_fused_in_bfloat16 == 3
+    assert (found.float() - exact).square().mean() < 1.2 * (rounded.float() - exact).square().mean()
 
 
 def stock_model(folder: Path) -> Any:

@@ -52,7 +52,7 @@ def test_stored_experts_stay_quantized(
     for quantized, plain in zip(ours, theirs, strict=True):
         assert not list(quantized.named_parameters())
         layers = [layer for layer in quantized.modules() if isinstance(layer, CodedLinear)]
-        assert len(layers) == (12 if "act-order" in name else 8)
+        assert len(layers) == 8
         assert all(layer.weight.dtype.itemsize == 1 for layer in layers)
         if "act-order" not in name:
             for attribute, parts in (("gate_up_proj", quantized.gate_up), ("down_proj", quantized.down)):

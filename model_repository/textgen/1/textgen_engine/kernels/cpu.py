@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from textgen_engine.attention.base import AttentionMetadata, Scoring
 
@@ -70,9 +71,9 @@ class CpuKernels:
         self._largest.restype = self._finalists.restype = self._forbid.restype = None
         for function in (self._pack, self._take, self._linear, self._attend, self._layers):
             function.restype = None
-        self._coded_linear = library.textgen_coded_linear
-        self._coded_linear.argtypes = _types("pippppppp" + "iiii")
-        self._coded_linear.restype = None
+        self._pack_codes = library.textgen_pack_codes
+        self._pack_codes.argtypes = _types("pippii")
+        self._pack_codes.restype = None
         library.textgen_pool.restype = ctypes.c_void_p
         library.textgen_free_pool.argtypes = _types("p")
         self._free_pool = library.textgen_free_pool
@@ -109,44 +110,53 @@ class CpuKernels:
         self._take(self._pool, kind, packed.data_ptr(), ids.data_ptr(), rows.data_ptr(), len(ids), depth)
         return rows
 
-    def linear(self, x: torch.Tensor, weight: PackedWeight, num_outputs: int) -> torch.Tensor:
+    def pack_codes(
+        self,
+        code: int,
+        weight: torch.Tensor,
+        empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """weight: codes as models/quantization/linear.py has them, bytes [num_outputs, depth] or half bytes
+        [num_outputs, depth / 2] -> uint8 [blocks, depth, self.block], or of half bytes [blocks, depth / 8, self.block,
+        4]: eight neighbours of an output in four bytes, the first in the lowest bits. depth: a multiple of
+        CODES_TOGETHER."""
+        weight = weight.contiguous()
+        num_outputs, width = weight.shape
+        num_blocks = -(-num_outputs // self.block)
+        depth = 2 * width if code == _HALF_BYTES else width
+        assert depth % CODES_TOGETHER == 0
+        shape = (num_blocks, depth // 8, self.block, 4) if code == _HALF_BYTES else (num_blocks, depth, self.block)
+        packed = torch.empty(shape, dtype=torch.uint8) if empty is None else empty(shape, torch.uint8)
+        self._pack_codes(self._pool, code, weight.data_ptr(), packed.data_ptr(), depth, num_outputs)
+        return packed
+
+    def pack_groups(self, values: torch.Tensor) -> torch.Tensor:
+        """Scales or offsets of coded weights, float32 [num_outputs, groups] -> [blocks, groups, self.block]."""
+        padded = functional.pad(values, (0, 0, 0, -values.shape[0] % self.block))
+        return padded.view(-1, self.block, values.shape[1]).transpose(1, 2).contiguous()
+
+    def linear(
+        self, x: torch.Tensor, weight: PackedWeight | CodedWeight, num_outputs: int, *, in_bfloat16: bool = False
+    ) -> torch.Tensor:
         """x float32 [num_rows, depth] -> float32 [num_rows, num_outputs]. Beside bfloat16 weights x is rounded to
-        bfloat16, beside int8 ones each row to -127 ... 127 on a scale of its own. A row's result is the same to the
-        last bit whatever rows stand beside it."""
+        bfloat16, beside int8 ones each row to -127 ... 127 on a scale of its own. Coded weights are decoded to float32,
+        or with in_bfloat16, where the processor can, to bfloat16, to which x is rounded then. A row's result is the
+        same to the last bit whatever rows stand beside it."""
         assert x.dtype is torch.float32
         x = x.contiguous()
         output = x.new_empty(x.shape[0], num_outputs)
         self._linear(
             self._pool,
-            *(weight.kind, ctypes.byref(weight.structure), x.data_ptr(), output.data_ptr()),
-            *(x.shape[0], x.shape[1], num_outputs),
+            *(self.kind_of(weight, in_bfloat16=in_bfloat16), ctypes.byref(weight.structure)),
+            *(x.data_ptr(), output.data_ptr(), x.shape[0], x.shape[1], num_outputs),
         )
         return output
 
-    def coded_linear(
-        self,
-        x: torch.Tensor,
-        code: int,
-        table: torch.Tensor | None,
-        weight: torch.Tensor,
-        scales: torch.Tensor,
-        offsets: torch.Tensor | None,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """x [num_rows, depth] times a coded weight (models/quantization/linear.py: code, table, weight [num_outputs,
-        bytes], scales and offsets [num_outputs, groups]) -> [num_rows, num_outputs]."""
-        assert weight.is_contiguous() and scales.is_contiguous() and (offsets is None or offsets.is_contiguous())
-        x = x.contiguous()
-        num_rows, depth = x.shape
-        num_outputs, num_groups = scales.shape
-        output = x.new_empty(num_rows, num_outputs)
-        self._coded_linear(
-            self._pool,
-            code,
-            *(_address(tensor) for tensor in (table, x, weight, scales, offsets, bias, output)),
-            *(num_rows, depth, num_outputs, depth // num_groups),
-        )
-        return output
+    def kind_of(self, weight: PackedWeight | CodedWeight, *, in_bfloat16: bool) -> int:
+        """What rows become beside this weight, as the kernels number it."""
+        if isinstance(weight, PackedWeight):
+            return weight.kind
+        return _KINDS[torch.bfloat16 if in_bfloat16 and torch.bfloat16 in self.dtypes else torch.float32]
 
     def attend(
         self,
@@ -294,8 +304,16 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _TOGETHER = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
 
 
+# Of coded weights neighbours in depth that are decoded together; groups are multiples of it.
+CODES_TOGETHER = 8
+_HALF_BYTES = 1  # quantized_kernels.h's kNibble
+
+
 class _Linear(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("packed", "bias", "scales", "offsets")]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("packed", "bias", "scales", "offsets", "table", "order")),
+        *((name, ctypes.c_int64) for name in ("code", "group", "depth")),
+    ]
 
 
 class PackedWeight:
@@ -318,6 +336,37 @@ class PackedWeight:
         )
         assert (scales is None) == (offsets is None) == (packed.dtype is not torch.int8)
         self.structure = _Linear(_address(packed), *(_address(tensor) for tensor in self._kept))
+
+
+class CodedWeight:
+    """A linear layer of coded weights for the kernels: what models/quantization/linear.py's CodedLinear says, with
+    codes as CpuKernels.pack_codes gives them, and scales and offsets as pack_groups does. bias float32
+    [num_outputs]."""
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        code: int,
+        group_size: int,
+        scales: torch.Tensor,
+        offsets: torch.Tensor | None,
+        *,
+        bias: torch.Tensor | None,
+        table: torch.Tensor | None,
+        order: torch.Tensor | None,
+    ) -> None:
+        self.packed = codes
+        self._kept = (bias, scales, offsets, table, order)  # for the structure has their addresses alone
+        assert all(
+            tensor is None or (tensor.is_contiguous() and tensor.dtype is torch.float32) for tensor in self._kept[:-1]
+        )
+        assert order is None or (order.is_contiguous() and order.dtype is torch.int64)
+        assert (table is not None) == (code == _HALF_BYTES) and group_size % CODES_TOGETHER == 0
+        self.structure = _Linear(
+            _address(codes),
+            *(_address(tensor) for tensor in self._kept),
+            *(code, group_size, scales.shape[1] * group_size),
+        )
 
 
 class _Norm(ctypes.Structure):
@@ -403,28 +452,32 @@ class _WantedRows:
 
 
 class GatedLayer:
-    """A decoder layer with rotary positions, RMSNorms and a gated MLP, its weights all of one type: query, key and
-    value joined, gate and up joined, each of the latter a multiple of `CpuKernels.block` wide.
+    """A decoder layer with rotary positions, RMSNorms and a gated MLP, its weights all of one type, or all coded:
+    query, key and value joined, gate and up joined, each of the latter a multiple of `CpuKernels.block` wide.
 
-    norms: (weight, epsilon) or None, before the layer, of each query head, of each key head, of what attention gives,
-    before the MLP, of what the MLP gives; the first and the fifth are always there.
+    kind: CpuKernels.kind_of its weights. norms: (weight, epsilon) or None, before the layer, of each query head, of
+    each key head, of what attention gives, before the MLP, of what the MLP gives; the first and the fifth are always
+    there.
     """
 
     def __init__(
         self,
         *,
         num_heads: int,
+        intermediate: int,
         scoring: Scoring,
         activation: Activation,
         norms: list[tuple[torch.Tensor, float] | None],
-        qkv: PackedWeight,
-        output: PackedWeight,
-        gate_up: PackedWeight,
-        down: PackedWeight,
+        kind: int,
+        qkv: PackedWeight | CodedWeight,
+        output: PackedWeight | CodedWeight,
+        gate_up: PackedWeight | CodedWeight,
+        down: PackedWeight | CodedWeight,
     ) -> None:
         assert norms[0] is not None and norms[4] is not None
         assert all(norm is None or norm[0].dtype is torch.float32 for norm in norms)
-        assert qkv.kind == output.kind == gate_up.kind == down.kind
+        weights = (qkv, output, gate_up, down)
+        assert all(kind == weight.kind for weight in weights if isinstance(weight, PackedWeight))
         self._num_heads = num_heads
         self._kept = (scoring, norms, qkv, output, gate_up, down)  # for the structure has their addresses alone
         places = ("input_norm", "query_norm", "key_norm", "attention_norm", "mlp_norm", "output_norm")
@@ -438,9 +491,9 @@ class GatedLayer:
             gate_up=gate_up.structure,
             down=down.structure,
             hidden=len(norms[0][0]),
-            intermediate=gate_up.packed.shape[0] * gate_up.packed.shape[2] // 2,
+            intermediate=intermediate,
             activation=activation,
-            kind=qkv.kind,
+            kind=kind,
             scoring=_scoring(scoring),
         )
 

@@ -78,6 +78,12 @@ class Pool {
         return elements_.data();
     }
 
+    // The same for rows in another order.
+    float* ordered(int64_t size) {
+        if (static_cast<int64_t>(ordered_.size()) < size) ordered_.resize(size);
+        return ordered_.data();
+    }
+
     int64_t size() const { return static_cast<int64_t>(threads_.size()) + 1; }
 
   private:
@@ -101,7 +107,7 @@ class Pool {
     }
 
     std::vector<std::thread> threads_;
-    std::vector<float> room_;
+    std::vector<float> room_, ordered_;
     std::vector<uint32_t> elements_;
     std::mutex turn_, mutex_;
     std::condition_variable wake_;
@@ -215,8 +221,6 @@ inline void put_some(float* to, Vector value, int64_t count) {
 
 #include "packing_kernels.h"
 
-#include "float8_kernels.h"
-
 #include "attention_kernels.h"
 
 // ---- the pieces of a layer ------------------------------------------------------------------------------------------
@@ -253,7 +257,7 @@ void by_kind(int64_t kind, Run run) {
 struct Layer {
     Norm input_norm, query_norm, key_norm, attention_norm, mlp_norm, output_norm;
     Linear qkv, output, gate_up, down;
-    int64_t hidden, intermediate, activation, kind;  // kind of all weights
+    int64_t hidden, intermediate, activation, kind;  // kind of all weights, or of the rows that meet coded ones
     Shape shape;
     Scoring scoring;
 };
@@ -262,17 +266,6 @@ inline Vector activated_by(int64_t activation, Vector x) {
     if (activation == 0) return x / (1.0f + exponential(-x));                     // SiLU
     const Vector inner = 1.5957691216057308f * (x + 0.044715f * x * x * x);        // GELU by tanh: 2 sqrt(2 / pi)
     return x / (1.0f + exponential(-inner));
-}
-
-// Pieces of outputs, large enough to be worth a thread's attention, small enough that unequal threads end together.
-int64_t piece_of(int64_t num_outputs) { return std::max<int64_t>(16, num_outputs / 64 / 16 * 16); }
-
-// work(begin, end) for all pieces of num_outputs.
-template <class Work>
-void by_pieces(Pool* pool, int64_t num_outputs, Work work) {
-    const int64_t piece = piece_of(num_outputs);
-    pool->run((num_outputs + piece - 1) / piece,
-              [&](int64_t item) { work(item * piece, std::min(num_outputs, (item + 1) * piece)); });
 }
 
 // A decoder layer: h = x + attention(norm(x)) @ wo^T; out = h + (act(gate) * up) @ wd^T, gate and up = norm(h) @ w^T;
@@ -293,10 +286,10 @@ void run_layer(Pool* pool, const Element*, const Layer& layer, const Step& step,
     float* activated = qkv;  // when both are done with
     by_rows(pool, num_tokens,
             [&](int64_t row) { layer.input_norm(x + row * hidden, normed + row * hidden, hidden); });
-    auto inputs_of = [&](const float* from, int64_t count, int64_t depth) {
-        return as_inputs(pool, from, count, depth, static_cast<const Element*>(nullptr));
+    auto inputs_for = [&](const Linear& linear, const float* from, int64_t count, int64_t depth) {
+        return inputs_of(pool, linear, from, count, depth, static_cast<const Element*>(nullptr));
     };
-    run_linear(pool, layer.qkv, inputs_of(normed, num_tokens, hidden), nullptr, qkv, num_tokens, qkv_size);
+    run_linear(pool, layer.qkv, inputs_for(layer.qkv, normed, num_tokens, hidden), nullptr, qkv, num_tokens, qkv_size);
     by_rows(pool, num_tokens, [&](int64_t row) {
         for (int64_t head = 0; head < shape.num_heads + shape.num_kv_heads; ++head) {
             float* first = qkv + row * qkv_size + head * dim;
@@ -329,7 +322,8 @@ void run_layer(Pool* pool, const Element*, const Layer& layer, const Step& step,
     // out = weights @ from + residual, or + norm(weights @ from).
     auto add_linear = [&](const float* from, int64_t depth, const Linear& linear, const Norm& norm,
                           const float* residual, float* to) {
-        run_linear(pool, linear, inputs_of(from, num_rows, depth), norm.weight ? nullptr : residual, to, num_rows, hidden);
+        run_linear(pool, linear, inputs_for(linear, from, num_rows, depth), norm.weight ? nullptr : residual, to, num_rows,
+                   hidden);
         if (norm.weight)
             by_rows(pool, num_rows, [&](int64_t row) {
                 norm(to + row * hidden, to + row * hidden, hidden);
@@ -338,19 +332,20 @@ void run_layer(Pool* pool, const Element*, const Layer& layer, const Step& step,
     };
     add_linear(attended, attended_size, layer.output, layer.attention_norm, residual, h);
     by_rows(pool, num_rows, [&](int64_t row) { layer.mlp_norm(h + row * hidden, normed + row * hidden, hidden); });
-    const Inputs<Element> inputs = inputs_of(normed, num_rows, hidden);
+    const Inputs<Element> inputs = inputs_for(layer.gate_up, normed, num_rows, hidden);
     const int64_t num_blocks = intermediate / kBlock;
-    by_blocks(pool, num_rows, num_blocks, [&](int64_t block, int64_t first, int64_t end) {
-        const int64_t count = end - first;
-        float* gate = scratch(2 * count * kBlock);
-        float* up = gate + count * kBlock;
-        linear_block(layer.gate_up, 2 * intermediate, inputs, block, first, count, gate, kBlock);
-        linear_block(layer.gate_up, 2 * intermediate, inputs, num_blocks + block, first, count, up, kBlock);
-        for (int64_t row = 0; row < count; ++row)
-            for (int64_t i = 0; i < kBlock; i += kLanes)
+    auto gated = [&](int64_t block, int64_t count, int64_t first, int64_t end) {
+        const int64_t width = count * kBlock, some = end - first;
+        float* gate = scratch(2 * some * width);
+        float* up = gate + some * width;
+        linear_blocks(layer.gate_up, 2 * intermediate, inputs, block, count, first, some, gate, width);
+        linear_blocks(layer.gate_up, 2 * intermediate, inputs, num_blocks + block, count, first, some, up, width);
+        for (int64_t row = 0; row < some; ++row)
+            for (int64_t i = 0; i < width; i += kLanes)
                 put(activated + (first + row) * intermediate + block * kBlock + i,
-                    activated_by(layer.activation, load(gate + row * kBlock + i)) * load(up + row * kBlock + i));
-    });
+                    activated_by(layer.activation, load(gate + row * width + i)) * load(up + row * width + i));
+    };
+    by_blocks(pool, num_rows, num_blocks, least_run(layer.gate_up), gated);
     add_linear(activated, intermediate, layer.down, layer.output_norm, h, out);
 }
 
@@ -379,6 +374,12 @@ void textgen_pack(void* pool, int64_t kind, const void* weight, void* packed, in
     });
 }
 
+// packed: room for blocks_of(num_outputs) * kBlock rows of codes.
+void textgen_pack_codes(void* pool, int64_t code, const uint8_t* weight, uint8_t* packed, int64_t depth,
+                        int64_t num_outputs) {
+    pack_codes(static_cast<Pool*>(pool), code, weight, packed, depth, num_outputs);
+}
+
 // out [num_ids, depth]: rows of a packed float32 or bfloat16 weight, in its type.
 void textgen_take(void* pool, int64_t kind, const void* packed, const int64_t* ids, void* out, int64_t num_ids,
                   int64_t depth) {
@@ -396,7 +397,8 @@ void textgen_linear(void* handle, int64_t kind, const Linear* linear, const floa
                     int64_t depth, int64_t num_outputs) {
     Pool* pool = static_cast<Pool*>(handle);
     by_kind(kind, [&](const auto* element) {
-        run_linear(pool, *linear, as_inputs(pool, x, num_rows, depth, element), nullptr, out, num_rows, num_outputs);
+        run_linear(pool, *linear, inputs_of(pool, *linear, x, num_rows, depth, element), nullptr, out, num_rows,
+                   num_outputs);
     });
 }
 
@@ -465,5 +467,3 @@ void textgen_forbid(void* pool, float* logits, int64_t stride, const int64_t* ro
 }
 
 }  // extern "C"
-
-#include "quantized_kernels.h"

@@ -62,12 +62,13 @@ inline __m512i as_halves(const E5m2* from) {
 }
 
 inline __m512i as_halves(const E4m3* from) {
-    // Widened with its sign, which then stands in the place where a half float has it.
+    // Widened with its sign, which then stands in the place where a half float has it, too.
     const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-    const __m512i size = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(0x3f80));
-    const __mmask32 is_none = _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x3f80));
-    const __m512i number = _mm512_mask_mov_epi16(size, is_none, _mm512_set1_epi16(0x7e00));
-    return _mm512_or_si512(number, _mm512_and_si512(wide, _mm512_set1_epi16(static_cast<int16_t>(0x8000))));
+    const __m512i number =
+        _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(static_cast<int16_t>(0xbf80)));
+    const __m512i all = _mm512_set1_epi16(0x3f80);
+    const __mmask32 is_none = _mm512_cmpeq_epi16_mask(_mm512_and_si512(number, all), all);
+    return _mm512_mask_mov_epi16(number, is_none, _mm512_set1_epi16(0x7e00));
 }
 
 // The first or the second half of what as_halves gives, as floats.

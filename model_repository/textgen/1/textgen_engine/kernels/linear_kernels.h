@@ -8,7 +8,8 @@
 //
 // Weights in bfloat16 lie in pairs, [blocks][depth / 2][kBlock][2], and so do the rows they are multiplied by; sums are
 // float32. Weights of 8 bits lie in fours, [blocks][depth / 4][kBlock][4]; each row is rounded to 8 bits on a scale of
-// its own, and sums are integers until both scales are applied. An "element" below is a float, a Pair, or a Quad.
+// its own, and sums are integers until both scales are applied. An "element" below is a float, a Pair, or a Quad. Coded
+// weights are quantized_kernels.h's.
 
 struct Pair {  // two bfloat16 neighbours in depth, the first in the lower half
     uint32_t bits;
@@ -18,12 +19,17 @@ struct Quad {  // four bytes: of weights signed, of rows with 128 added
     uint32_t bits;
 };
 
-// A linear layer. offsets[o]: 128 times the sum of output o's weights, which is what the 128 in rows adds.
+// A linear layer; the layout is known to cpu.py. Of weights of 8 bits scales and offsets are per output: offsets[o] is 128
+// times the sum of output o's weights, which is what the 128 in rows adds.
 struct Linear {
     const void* packed;
-    const float* bias;     // or null
-    const float* scales;   // of 8-bit weights, per output
-    const float* offsets;  // likewise
+    const float* bias;  // or null
+    const float *scales, *offsets;
+    // Of coded weights:
+    const float* table;    // of 16 numbers, for half bytes
+    const int64_t* order;  // or null: which of a row's numbers meets weight k; one that it does not have is 0
+    int64_t code, group;   // group 0: the weights are not coded
+    int64_t depth;         // of weights; a row's, if there is no order
 };
 
 // Rows as elements; scales: per row, of 8-bit ones.
@@ -40,6 +46,7 @@ constexpr int kBlockRows = 12;  // with 2 vectors 24 accumulators of 32 register
 #else
 constexpr int kBlockRows = 6;  // 12 of 16
 #endif
+constexpr int64_t kMostBlocks = 2;     // that are given to a thread at once
 constexpr int64_t kDepthStep = 2048;  // of a block: 256 KiB of weights, which stay in the second cache for all rows
 
 inline int64_t blocks_of(int64_t num_outputs) { return (num_outputs + kBlock - 1) / kBlock; }
@@ -182,20 +189,26 @@ inline float* scratch(int64_t size) {
     return room.data();
 }
 
-// work(block, first_row, end_row) for every block and row. Few rows: runs of blocks that lie side by side in memory,
-// some per thread, for a busy machine stalls one thread or the other. Many rows and few blocks: parts of the rows.
+// Blocks that a thread takes together: decoding is computation, which two at once make faster.
+inline int64_t least_run(const Linear& linear) { return linear.group ? kMostBlocks : 1; }
+
+// work(block, count, first_row, end_row) for all blocks, at most kMostBlocks neighbours at once, and rows. Few rows: runs
+// of blocks that lie side by side in memory, some per thread, for a busy machine stalls one thread or the other; none
+// shorter than `least_run`. Many rows and few blocks: parts of the rows.
 template <class Work>
-void by_blocks(Pool* pool, int64_t num_rows, int64_t num_blocks, Work work) {
+void by_blocks(Pool* pool, int64_t num_rows, int64_t num_blocks, int64_t least_run, Work work) {
     constexpr int64_t kItemsPerThread = 6, kLeastRows = 8 * kBlockRows;
     const int64_t wanted = kItemsPerThread * pool->size();
-    const int64_t run = std::max<int64_t>(1, num_blocks / wanted);
+    const int64_t run = std::max(least_run, num_blocks / wanted);
     const int64_t num_runs = (num_blocks + run - 1) / run;
     const int64_t most_parts = std::max<int64_t>(1, num_rows / kLeastRows);
     const int64_t num_parts = std::min(most_parts, (wanted + num_runs - 1) / num_runs);
     pool->run(num_runs * num_parts, [&](int64_t item) {
         const int64_t part = item % num_parts, first = item / num_parts * run;
-        for (int64_t block = first; block < std::min(first + run, num_blocks); ++block)
-            work(block, num_rows * part / num_parts, num_rows * (part + 1) / num_parts);
+        const int64_t end = std::min(first + run, num_blocks);
+        for (int64_t block = first; block < end; block += kMostBlocks)
+            work(block, std::min(kMostBlocks, end - block), num_rows * part / num_parts,
+                 num_rows * (part + 1) / num_parts);
     });
 }
 
@@ -286,22 +299,47 @@ inline Inputs<Quad> as_inputs(Pool* pool, const float* x, int64_t num_rows, int6
     return {quads, scales, size};
 }
 
-// All rows of `inputs` from `first` on for one block of outputs, with scales and bias: to[0..num_rows)[0..kBlock).
+// The same for the rows of a linear layer [num_rows, depth], in the order of its weights.
 template <class Element>
-void linear_block(const Linear& linear, int64_t num_outputs, const Inputs<Element>& inputs, int64_t block,
-                  int64_t first, int64_t num_rows, float* to, int64_t stride) {
-    const int64_t column = block * kBlock, width = std::min<int64_t>(kBlock, num_outputs - column);
-    const Element* packed = static_cast<const Element*>(linear.packed) + column * inputs.depth;
-    packed_block(inputs.rows + first * inputs.depth, inputs.depth, packed, to, stride, num_rows);
-    if (!linear.scales && !linear.bias) return;
+Inputs<Element> inputs_of(Pool* pool, const Linear& linear, const float* x, int64_t num_rows, int64_t depth,
+                          const Element* kind) {
+    if (!linear.order) return as_inputs(pool, x, num_rows, depth, kind);
+    float* ordered = pool->ordered(num_rows * linear.depth);
+    by_rows(pool, num_rows, [&](int64_t row) {
+        for (int64_t k = 0; k < linear.depth; ++k)
+            ordered[row * linear.depth + k] = linear.order[k] < depth ? x[row * depth + linear.order[k]] : 0.0f;
+    });
+    return as_inputs(pool, ordered, num_rows, linear.depth, kind);
+}
+
+#include "float8_kernels.h"
+
+#include "quantized_kernels.h"
+
+// All rows of `inputs` from `first` on for `count` blocks of outputs, with scales and bias: to[0..num_rows)[0..count *
+// kBlock).
+template <class Element>
+void linear_blocks(const Linear& linear, int64_t num_outputs, const Inputs<Element>& inputs, int64_t block,
+                   int64_t count, int64_t first, int64_t num_rows, float* to, int64_t stride) {
+    const int64_t column = block * kBlock, width = std::min<int64_t>(count * kBlock, num_outputs - column);
+    const Element* rows = inputs.rows + first * inputs.depth;
+    if (linear.group)
+        coded_blocks(linear, rows, inputs.depth, block, count, to, stride, num_rows);
+    else
+        for (int64_t i = 0; i < count; ++i)
+            packed_block(rows, inputs.depth,
+                         static_cast<const Element*>(linear.packed) + (block + i) * kBlock * inputs.depth,
+                         to + i * kBlock, stride, num_rows);
+    const bool is_scaled = linear.scales && !linear.group;
+    if (!is_scaled && !linear.bias) return;
     for (int64_t i = 0; i < width; i += kLanes) {
         const int64_t some = std::min<int64_t>(kLanes, width - i);
-        const Vector scale = linear.scales ? load_some(linear.scales + column + i, some) : Vector{} + 1.0f;
-        const Vector offset = linear.scales ? load_some(linear.offsets + column + i, some) : Vector{};
+        const Vector scale = is_scaled ? load_some(linear.scales + column + i, some) : Vector{} + 1.0f;
+        const Vector offset = is_scaled ? load_some(linear.offsets + column + i, some) : Vector{};
         const Vector bias = linear.bias ? load_some(linear.bias + column + i, some) : Vector{};
         for (int64_t row = 0; row < num_rows; ++row) {
             float* at = to + row * stride + i;  // a whole block wide
-            const float of_row = linear.scales ? inputs.scales[first + row] : 1.0f;
+            const float of_row = is_scaled ? inputs.scales[first + row] : 1.0f;
             put(at, (load(at) - offset) * of_row * scale + bias);
         }
     }
@@ -311,19 +349,20 @@ void linear_block(const Linear& linear, int64_t num_outputs, const Inputs<Elemen
 template <class Element>
 void run_linear(Pool* pool, const Linear& linear, const Inputs<Element>& inputs, const float* residual, float* out,
                 int64_t num_rows, int64_t num_outputs) {
-    by_blocks(pool, num_rows, blocks_of(num_outputs), [&](int64_t block, int64_t first, int64_t end) {
-        const int64_t column = block * kBlock, width = std::min<int64_t>(kBlock, num_outputs - column);
+    auto work = [&](int64_t block, int64_t count, int64_t first, int64_t end) {
+        const int64_t column = block * kBlock, whole = count * kBlock, width = std::min(whole, num_outputs - column);
         float* to = out + first * num_outputs + column;
-        if (width == kBlock) {
-            linear_block(linear, num_outputs, inputs, block, first, end - first, to, num_outputs);
+        if (width == whole) {
+            linear_blocks(linear, num_outputs, inputs, block, count, first, end - first, to, num_outputs);
         } else {
-            float* room = scratch((end - first) * kBlock);
-            linear_block(linear, num_outputs, inputs, block, first, end - first, room, kBlock);
+            float* room = scratch((end - first) * whole);
+            linear_blocks(linear, num_outputs, inputs, block, count, first, end - first, room, whole);
             for (int64_t row = 0; row < end - first; ++row)
-                std::copy(room + row * kBlock, room + row * kBlock + width, to + row * num_outputs);
+                std::copy(room + row * whole, room + row * whole + width, to + row * num_outputs);
         }
         for (int64_t row = 0; row < end - first && residual; ++row)
             for (int64_t i = 0; i < width; ++i)
                 to[row * num_outputs + i] += residual[(first + row) * num_outputs + column + i];
-    });
+    };
+    by_blocks(pool, num_rows, blocks_of(num_outputs), least_run(linear), work);
 }

@@ -21,7 +21,7 @@ from textgen_engine.attention.bridge import STEP_ATTRIBUTE
 from textgen_engine.kernels.cpu import Activation, CpuKernels, GatedLayer, GatedLayers, StepTables
 from textgen_engine.mapped_memory import WeightMemory
 from textgen_engine.models.cpu_linear import JoinedLinears, PackedLinear, has_hooks
-from textgen_engine.models.quantization.linear import IntegerLinear, QuantizedLinear
+from textgen_engine.models.quantization.linear import CodedLinear, IntegerLinear, QuantizedLinear
 
 _TRIAL_ROWS = 3
 # Float32 sums in another order: far less than any real difference between two layers.
@@ -64,8 +64,9 @@ class Family:
         own = {name for name in children if not (self.has_experts and name.startswith("mlp."))}
         if own - {"mlp.act_fn"} != self._parts():
             return False
-        kinds = {_kind(children[name]) for name in own if name.endswith("_proj")}
-        if self.has_experts or not kinds <= {torch.nn.Linear, IntegerLinear}:
+        linears = [children[name] for name in own if name.endswith("_proj")]
+        kinds = {_kind(linear) for linear in linears}
+        if self.has_experts or any(isinstance(linear, CodedLinear) and not linear.can_pack for linear in linears):
             dtypes = {torch.float32}
         return (
             len(kinds) == 1
@@ -103,7 +104,7 @@ class FusedGatedLayer(torch.nn.Module):
     Replaces q_proj, k_proj, v_proj by `qkv` and gate_proj, up_proj by `gate_up`, rows joined in this order; needs a
     trial's Recorder for what only the stock attention knows: its scoring.
 
-    Weights in bfloat16 are for the compiled kernels alone; everything between the linear layers is then float32, and so
+    A model in bfloat16 is for the compiled kernels alone; everything between the linear layers is then float32, and so
     is what comes out, unless `returns_input_type` is set.
 
     sum_over_ranks: set where this rank holds only a part of every layer's heads and inner units: adds up the partial
@@ -150,6 +151,7 @@ class FusedGatedLayer(torch.nn.Module):
             self.gate_up = _join(kernels, mlp.gate_proj, mlp.up_proj)
             self.down = mlp.down_proj
             self.activation = mlp.act_fn
+        self._in_bfloat16 = trial.query.dtype is torch.bfloat16
         self.whole: GatedLayer | None = None  # for a kernel that computes all of it
         self.together: LayersTogether | None = None
         packed = [
@@ -165,7 +167,7 @@ class FusedGatedLayer(torch.nn.Module):
         if kernels is not None and type(linear) in (torch.nn.Linear, JoinedLinears):
             setattr(self, name, PackedLinear(linear, kernels, memory))
             return True
-        if isinstance(linear, IntegerLinear):
+        if isinstance(linear, QuantizedLinear):
             linear.pack(memory)
             return linear.for_kernels is not None
         return False
@@ -178,6 +180,8 @@ class FusedGatedLayer(torch.nn.Module):
         norms = (self.input_norm, self.query_norm, self.key_norm, self.attention_norm, self.mlp_norm, self.output_norm)
         return GatedLayer(
             num_heads=self.num_heads,
+            intermediate=self.down.in_features,
+            kind=kernels.kind_of(self.qkv.for_kernels, in_bfloat16=self._in_bfloat16),
             scoring=self.scoring,
             activation=activation,
             norms=[None if norm is None else (norm.weight, norm.epsilon) for norm in norms],

@@ -34,7 +34,7 @@ from textgen_engine.models.families import PREPARATIONS
 from textgen_engine.models.fusion import Fusion, call_separately, fuse_layers
 from textgen_engine.models.gpu_layers import fuse_gpu_layers, triton_kernels
 from textgen_engine.models.quantization.hooks import QuantizationHooks, checkpoint_settings, choose_method
-from textgen_engine.models.quantization.linear import IntegerLinear
+from textgen_engine.models.quantization.linear import IntegerLinear, QuantizedLinear
 from textgen_engine.models.sharded_reading import PartHooks
 from textgen_engine.models.sharding import Plan, connect_ranks, keep_biases_of_rank_0, make_plan
 from textgen_engine.models.trial import check_results, gives_wanted_rows, probe_layers, stock_logits
@@ -428,7 +428,7 @@ def _prepare_for_cpu(
     num_replaced = replace_linears(model, kernels, batch_invariant=config.batch_invariant)
     form = "batch-invariant tiles" if config.batch_invariant else "turned products" if kernels is None else "kernels"
     for module in model.modules():
-        if isinstance(module, IntegerLinear):
+        if isinstance(module, QuantizedLinear):
             module.pack()
     if num_replaced:
         done.append(f"{num_replaced} linear layers by {form if kernels is None else f'compiled {form}'}")

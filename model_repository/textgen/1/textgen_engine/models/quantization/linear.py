@@ -1,9 +1,9 @@
 """The two forms in which all methods keep a linear layer's weights, and how rows are multiplied by them.
 
 `CodedLinear`: weights as codes of 4 or 8 bits with scales per group of inputs; the arithmetic is that of the rows' own
-type. `IntegerLinear`: 8-bit weights, and rows rounded to 8 bits as they come. Kernels take few rows: on the CPU those
-of kernels/cpu.py, on a GPU that can kernels/coded_linear.py. Everything else dequantizes some outputs at a time and
-multiplies: that is the reference the tests compare with.
+type. `IntegerLinear`: 8-bit weights, and rows rounded to 8 bits as they come. On the CPU the kernels of kernels/cpu.py
+multiply, once the weights are packed for them; few rows on a GPU that can, kernels/coded_linear.py. Everything else
+dequantizes some outputs at a time and multiplies: that is the reference the tests compare with.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from enum import IntEnum
 import torch
 from torch.nn import functional
 
-from textgen_engine.kernels.cpu import CpuKernels, PackedWeight
+from textgen_engine.kernels.cpu import CODES_TOGETHER, CodedWeight, CpuKernels, PackedWeight
 from textgen_engine.mapped_memory import WeightMemory
 
 # As many weights are dequantized at a time.
 _PIECE_WEIGHTS = 4 << 20
-# Inputs and groups are multiples of this where the compiled kernels run.
+# Inputs and groups are multiples of this where the GPU's kernel runs; half bytes are stored in chunks of as many.
 KERNEL_MULTIPLE = 32
-# Up to this number of rows the compiled kernel of coded weights was as fast as the best of the others or faster.
-_MOST_COMPILED_ROWS = 48
 _INT8_MAX = 127.0
 # Tensor cores of this compute capability and above multiply bfloat16, which Triton's kernel may be given.
 _LEAST_CAPABILITY = (8, 0)
@@ -31,6 +29,8 @@ _LEAST_CAPABILITY = (8, 0)
 _MOST_GPU_ROWS = 64
 # Rows, code, table, weight, scales, offsets, bias -> results.
 GpuKernel = Callable[..., torch.Tensor]
+# Shape, type -> memory.
+Empty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
 
 def choose_gpu_kernel(capability: tuple[int, int] | None) -> GpuKernel | None:
@@ -57,12 +57,26 @@ class QuantizedLinear(torch.nn.Module):
     """
 
     kernels: CpuKernels | None = None
+    for_kernels: PackedWeight | CodedWeight | None = None
     bias: torch.Tensor | None
+    weight: torch.Tensor
+    scales: torch.Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_parameter("bias", None if bias is None else torch.nn.Parameter(bias, requires_grad=False))
+
+    def pack(self, memory: WeightMemory | None = None) -> None:
+        """Take the form that the compiled kernels read, on the CPU where there are any. The weight is then gone in its
+        plain form."""
+        if self.kernels is None or self.for_kernels is not None or self.weight.device.type != "cpu":
+            return
+        bias = None if self.bias is None else self.bias.detach().float()
+        self._pack(self.kernels, bias, None if memory is None else memory.empty)
+
+    def _pack(self, kernels: CpuKernels, bias: torch.Tensor | None, empty: Empty | None) -> None:
+        raise NotImplementedError
 
     def joined_with(self, others: list[QuantizedLinear]) -> QuantizedLinear | None:
         """One layer whose outputs are those of all, one behind the other; None where they cannot be joined."""
@@ -82,8 +96,6 @@ class CodedLinear(QuantizedLinear):
     """
 
     gpu_kernel: GpuKernel | None = None  # set beside `kernels`
-    weight: torch.Tensor
-    scales: torch.Tensor
 
     def __init__(
         self,
@@ -127,28 +139,67 @@ class CodedLinear(QuantizedLinear):
 
     def dequantized(self, begin: int = 0, end: int | None = None) -> torch.Tensor:
         """The weights of outputs [begin, end), float32 [end - begin, in_features], inputs in `order`."""
-        codes = self.weight[begin:end]
+        weight, scales, offsets = self._plain()
+        codes = weight[begin:end]
         values = unpack_nibbles(codes) if self.code is Code.NIBBLE else codes
         if self.table is not None:
             values = self.table.to(codes.device)[values.int()]
-        groups = values.float().view(values.shape[0], -1, self.group_size) * self.scales[begin:end, :, None]
-        if self.offsets is not None:
-            groups = groups + self.offsets[begin:end, :, None]
+        groups = values.float().view(values.shape[0], -1, self.group_size) * scales[begin:end, :, None]
+        if offsets is not None:
+            groups = groups + offsets[begin:end, :, None]
         return groups.view(values.shape)
+
+    def _plain(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Codes, scales and offsets as `fill` had them, of whatever form they have."""
+        if self.for_kernels is None:
+            return self.weight, self.scales, self.offsets
+        scales, offsets = (
+            None if values is None else values.transpose(1, 2).flatten(0, 1)[: self.out_features]
+            for values in (self.scales, self.offsets)
+        )
+        assert scales is not None
+        if self.code is Code.NIBBLE:  # [blocks, depth / 8, outputs, 4]
+            codes = torch.stack((self.weight & 15, self.weight >> 4), dim=4).flatten(3).transpose(1, 2)
+            return pack_nibbles(codes.flatten(2).flatten(0, 1)[: self.out_features]), scales, offsets
+        codes = self.weight.transpose(1, 2).flatten(0, 1)[: self.out_features].contiguous()
+        return codes.view(torch.int8 if self.code is Code.INT8 else torch.float8_e4m3fn), scales, offsets
+
+    @property
+    def can_pack(self) -> bool:
+        return self.kernels is not None and self.group_size % CODES_TOGETHER == 0
+
+    def _pack(self, kernels: CpuKernels, bias: torch.Tensor | None, empty: Empty | None) -> None:
+        if not self.can_pack:
+            return
+        self.weight = kernels.pack_codes(int(self.code), self.weight.view(torch.uint8), empty)
+        self.scales = kernels.pack_groups(self.scales)
+        self.offsets = None if self.offsets is None else kernels.pack_groups(self.offsets)
+        table = None
+        if self.code is Code.NIBBLE:
+            table = (_COUNTING if self.table is None else self.table).contiguous()
+        order = None if self.order is None else self.order.contiguous()
+        self.for_kernels = CodedWeight(
+            self.weight,
+            int(self.code),
+            self.group_size,
+            self.scales,
+            self.offsets,
+            bias=bias,
+            table=table,
+            order=order,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
+        if self.kernels is not None and self.for_kernels is not None:
+            in_bfloat16 = x.dtype is torch.bfloat16
+            output = self.kernels.linear(rows.float(), self.for_kernels, self.out_features, in_bfloat16=in_bfloat16)
+            return output.view(*x.shape[:-1], self.out_features).to(x.dtype)
         if self.order is not None:
             if len(self.order) > self.in_features:
                 rows = functional.pad(rows, (0, 1))
             rows = rows.index_select(1, self.order)
-        if self._is_compiled_for(rows):
-            assert self.kernels is not None
-            table = self.table if self.code is not Code.NIBBLE or self.table is not None else _COUNTING
-            output = self.kernels.coded_linear(
-                rows, int(self.code), table, self.weight, self.scales, self.offsets, self.bias
-            )
-        elif self.gpu_kernel is not None and self._suits_gpu_kernel(rows):
+        if self.gpu_kernel is not None and self._suits_gpu_kernel(rows):
             output = self.gpu_kernel(
                 rows, int(self.code), self.table, self.weight, self.scales, self.offsets, self.bias
             )
@@ -163,15 +214,6 @@ class CodedLinear(QuantizedLinear):
                 output = output + self.bias
         return output.view(*x.shape[:-1], self.out_features)
 
-    def _is_compiled_for(self, rows: torch.Tensor) -> bool:
-        return (
-            self.kernels is not None
-            and rows.dtype is torch.float32
-            and rows.device.type == "cpu"
-            and rows.shape[0] <= _MOST_COMPILED_ROWS
-            and self.group_size % KERNEL_MULTIPLE == 0
-        )
-
     def _suits_gpu_kernel(self, rows: torch.Tensor) -> bool:
         return rows.shape[0] <= _MOST_GPU_ROWS and self.group_size % KERNEL_MULTIPLE == 0
 
@@ -183,7 +225,9 @@ class CodedLinear(QuantizedLinear):
                 return None
             assert isinstance(other, CodedLinear)
             layers.append(other)
-        if any(layer.order is not None or (layer.offsets is None) != (self.offsets is None) for layer in layers):
+        if any((layer.offsets is None) != (self.offsets is None) for layer in layers):
+            return None
+        if not all(_equal(layer.order, self.order) and _equal(layer.table, self.table) for layer in layers):
             return None
         joined = CodedLinear(
             self.in_features,
@@ -199,6 +243,7 @@ class CodedLinear(QuantizedLinear):
             torch.cat([layer.weight.view(torch.uint8) for layer in layers]).view(self.weight.dtype),
             torch.cat([layer.scales for layer in layers]),
             torch.cat(offsets) if offsets else None,
+            self.order,
         )
 
 
@@ -206,12 +251,8 @@ class IntegerLinear(QuantizedLinear):
     """weight int8 [out_features, in_features], scales float32 [out_features], sums int32 [out_features] of its rows.
 
     Each row of x is rounded to -127 ... 127 on a scale of its own, its largest value's, so neighbours do not matter.
-    Once packed for the compiled kernels the weight is gone in its plain form.
     """
 
-    for_kernels: PackedWeight | None = None
-    weight: torch.Tensor
-    scales: torch.Tensor
     sums: torch.Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: torch.Tensor | None) -> None:
@@ -231,14 +272,9 @@ class IntegerLinear(QuantizedLinear):
                 output = output + self.bias
         return output.view(*x.shape[:-1], self.out_features)
 
-    def pack(self, memory: WeightMemory | None = None) -> None:
-        """Take the form that the compiled kernels read, on the CPU where there are any."""
-        if self.kernels is None or self.for_kernels is not None or self.weight.device.type != "cpu":
-            return
-        packed = self.kernels.pack(self.weight, None if memory is None else memory.empty)
-        bias = None if self.bias is None else self.bias.detach().float()
-        self.for_kernels = PackedWeight(packed, bias, self.scales, self.sums)
-        self.weight = packed
+    def _pack(self, kernels: CpuKernels, bias: torch.Tensor | None, empty: Empty | None) -> None:
+        self.weight = kernels.pack(self.weight, empty)
+        self.for_kernels = PackedWeight(self.weight, bias, self.scales, self.sums)
 
     def integers(self) -> torch.Tensor:
         """int8 [out_features, in_features], of whatever form the weight has."""
@@ -271,6 +307,10 @@ class IntegerLinear(QuantizedLinear):
 
 
 _COUNTING = torch.arange(16, dtype=torch.float32)
+
+
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 def quantize_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
