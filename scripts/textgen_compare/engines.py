@@ -205,7 +205,8 @@ class _CompletionServer(Engine):
 
     def run(self, prompts: Sequence[Prompt], concurrency: int, new_tokens: int) -> list[Record]:
         async def run() -> list[Record]:
-            limits = httpx.Limits(max_connections=None)
+            # A connection for each request: llama.cpp's server closes one after a stream without saying so.
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
             async with httpx.AsyncClient(base_url=self._url, timeout=600, limits=limits) as client:
 
                 async def ask(prompt: Prompt, record: Record) -> None:

@@ -271,6 +271,7 @@ def test_logprobs_equal_transformers(new_engine: NewEngine, llama: Path, options
         "opt",
         "starcoder2",
         "smollm3",
+        "olmo",
         "olmo2",
         "granite",
         "cohere",

@@ -82,6 +82,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTConfig", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "starcoder2": ("Starcoder2Config", {"num_key_value_heads": 2, "sliding_window": 8}),
     "smollm3": ("SmolLM3Config", {"num_key_value_heads": 2, "num_hidden_layers": 4}),
+    "olmo": ("OlmoConfig", {"num_key_value_heads": 2}),
     "olmo2": ("Olmo2Config", {"num_key_value_heads": 2}),
     "granite": ("GraniteConfig", {"num_key_value_heads": 2}),
     "cohere": ("CohereConfig", {"num_key_value_heads": 2}),

@@ -71,7 +71,7 @@ def fused_logits(
     ("family", "num_fused"),
     [
         *(("llama", 3), ("mistral", 2), ("qwen2", 2), ("qwen3", 2), ("gemma", 2), ("gemma2", 2), ("gemma3", 7)),
-        *(("mixtral", 2), ("qwen3_moe", 2), ("olmo2", 0)),
+        *(("mixtral", 2), ("qwen3_moe", 2), ("olmo", 0), ("olmo2", 0)),
     ],
 )
 @pytest.mark.parametrize("compiled", [True, False])

@@ -51,6 +51,7 @@ def models(checkpoint: Callable[[str], Path]) -> Callable[[str, torch.dtype], to
         ("mistral", True),
         ("gemma", False),
         ("granite", True),  # its multipliers are 1 here
+        ("olmo", False),
         ("olmo2", False),
         ("phi3", False),
         ("smollm3", False),

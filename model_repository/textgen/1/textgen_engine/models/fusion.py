@@ -71,6 +71,7 @@ class Family:
         return (
             len(kinds) == 1
             and None not in kinds
+            and all(isinstance(getattr(children[name], "weight", None), torch.Tensor) for name in own if "norm" in name)
             and not any(has_hooks(module) for module in layer.modules())
             and len(found := {parameter.dtype for parameter in layer.parameters()}) == 1
             and found <= dtypes
