@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "model_repository" 
 # As the engine's process has it: PyTorch's threads that spin would take the cores from the kernels' own.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from textgen_engine.config import EngineConfig, build_config
+from textgen_engine.config import EngineConfig
+from textgen_engine.configure import build_config
 from textgen_engine.engine import Engine
 from textgen_engine.errors import Unsupported
 from textgen_engine.grammar import GrammarCompiler, GrammarLimits, GrammarMatcher, MaskFiller, parse_grammar

@@ -12,8 +12,10 @@ from typing import Any
 
 import click
 
-from textgen_engine.config import OPTIONS, UNSUPPORTED_OPTIONS, EngineConfig, Option, build_config
+from textgen_engine.config import EngineConfig
+from textgen_engine.configure import build_config
 from textgen_engine.errors import ConfigError
+from textgen_engine.options import OPTIONS, UNSUPPORTED_OPTIONS, Option
 from textgen_serve.errors import ServeError
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import textgen_engine
-from textgen_engine.config import GrammarConfig, TracingConfig, build_config
+from textgen_engine.config import GrammarConfig, TracingConfig
+from textgen_engine.configure import build_config
 from textgen_engine.errors import ConfigError, EngineFailure
 from textgen_engine.parameters import ParameterLimits
 from textgen_engine.request import Timings

@@ -14,7 +14,8 @@ import yaml
 from helm_python.errors import HelmError
 
 from textgen_client.health import probe_parameters
-from textgen_engine.config import OPTIONS, UNSUPPORTED_OPTIONS, build_config
+from textgen_engine.configure import build_config
+from textgen_engine.options import OPTIONS, UNSUPPORTED_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "docker" / "helm" / "triton-textgen"

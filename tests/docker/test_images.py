@@ -13,7 +13,7 @@ import pytest
 import yaml
 from triton_metric_names import FAMILIES
 
-from textgen_engine.config import OPTIONS
+from textgen_engine.options import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"

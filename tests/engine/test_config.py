@@ -1,4 +1,4 @@
-"""`config.py`: every option is read, bounded and explained; the environment wins; nothing unknown passes."""
+"""`options.py` and `configure.py`: every option is read, bounded and explained, and nothing unknown passes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import re
 
 import pytest
 
-from textgen_engine.config import OPTIONS, UNSUPPORTED_OPTIONS, EngineConfig, Option, build_config
+from textgen_engine.config import EngineConfig
+from textgen_engine.configure import build_config
 from textgen_engine.errors import ConfigError
+from textgen_engine.options import OPTIONS, UNSUPPORTED_OPTIONS, Option
 
 BY_NAME = {option.name: option for option in OPTIONS}
 

@@ -21,6 +21,8 @@ LAYERS = [
     {
         "errors",
         "config",
+        "options",
+        "configure",
         "logs",
         "metrics",
         "sampling.params",
@@ -69,8 +71,8 @@ LAYERS = [
     {"process"},
 ]
 WITHOUT_TORCH = [
-    "errors", "config", "metrics", "sampling.params", "adapters.spec", "request", "sequence", "messages", "parameters",
-    "block_manager", "scheduler", "speculation", "suspects", "process",
+    "errors", "config", "options", "configure", "metrics", "sampling.params", "adapters.spec", "request", "sequence",
+    "messages", "parameters", "block_manager", "scheduler", "speculation", "suspects", "process",
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "triton", "tokenizers", "safetensors")
 

@@ -31,7 +31,8 @@ from triton_parent import end_with_parent
 from triton_responder import LiveRequest, Responder
 from triton_tracing import start_tracer
 
-from textgen_engine.config import EngineConfig, build_config
+from textgen_engine.config import EngineConfig
+from textgen_engine.configure import build_config
 from textgen_engine.errors import (
     Cancelled,
     ConfigError,

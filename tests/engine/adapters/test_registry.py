@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from textgen_engine.adapters.layers import AdapterLayers
 from textgen_engine.adapters.spec import AdapterCommand, AdapterSpec, find_runs, parse_adapters
-from textgen_engine.config import LoraConfig, build_config
+from textgen_engine.config import LoraConfig
+from textgen_engine.configure import build_config
 from textgen_engine.errors import ConfigError, EngineFailure, InvalidParameter, ModelLoadError, Unsupported
 
 from ..tiny import Harness, make_config, make_request

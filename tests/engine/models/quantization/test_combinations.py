@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from textgen_engine.adapters.spec import AdapterSpec
-from textgen_engine.config import LoraConfig, build_config
+from textgen_engine.config import LoraConfig
+from textgen_engine.configure import build_config
 from textgen_engine.errors import ConfigError
 from textgen_quantization import packers
 
