@@ -29,8 +29,6 @@ _POPULATED_TOGETHER = 16 << 20  # others who want memory wait so long
 # So little is not worth a place: it would only keep others' pages.
 _LEAST_BYTES = 16 << 10
 _LEAST_MAPPED_BYTES = 1 << 20
-# The system is asked for as much ahead of what is read: enough to keep a disk busy while weights are packed.
-_AHEAD_BYTES = 64 << 20
 _POPULATE_READ = 22  # MADV_POPULATE_READ, of Linux 5.14, which Python's mmap has no name for
 
 
@@ -69,11 +67,13 @@ class MappedFiles:
 
     Only matrices of some size are shown: what is small is soon copied, and may be kept in ways that `settle` does not
     see. Nothing else may stay here once a model is loaded: a file that somebody cuts takes its pages with it.
+
+    What lies ahead in the file is left to the system's own reading ahead. Asked for it (MADV_WILLNEED), the system
+    fills the page cache in ordinary pages, which are shown at a third of the pace of the larger ones it takes by itself.
     """
 
     def __init__(self) -> None:
         self._files: dict[Path, mmap.mmap] = {}
-        self._asked_for: dict[Path, int] = {}  # up to this byte of the file
         self._ranges: list[tuple[int, int]] = []
         self._libc = ctypes.CDLL(None, use_errno=True)  # whose madvise, unlike Python's, lets other threads run
 
@@ -93,7 +93,6 @@ class MappedFiles:
             return None
         if path.stat().st_size < offset + num_bytes:
             raise EOFError(f"the file ends at byte {path.stat().st_size}")
-        self._ask_ahead(path, offset + num_bytes)
         place = _Place(file, offset, num_bytes)
         first = offset // mmap.PAGESIZE * mmap.PAGESIZE
         begin = ctypes.addressof(place.buffer) - (offset - first)
@@ -112,13 +111,6 @@ class MappedFiles:
         begin = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
         self._ranges.append((begin, begin + len(mapped)))
         return mapped
-
-    def _ask_ahead(self, path: Path, end: int) -> None:
-        begin, size = self._asked_for.get(path, 0), len(self._files[path])
-        if begin < min(end + _AHEAD_BYTES // 2, size):
-            self._asked_for[path] = min(end + _AHEAD_BYTES, size)
-            first = begin // mmap.PAGESIZE * mmap.PAGESIZE
-            self._files[path].madvise(mmap.MADV_WILLNEED, first, self._asked_for[path] - first)
 
     def settle(self, model: torch.nn.Module) -> None:
         """Give parameters and buffers that are still in a file memory of their own, one after another. Those that
