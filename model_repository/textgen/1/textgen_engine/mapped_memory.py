@@ -69,7 +69,7 @@ class MappedFiles:
     see. Nothing else may stay here once a model is loaded: a file that somebody cuts takes its pages with it.
 
     What lies ahead in the file is left to the system's own reading ahead. Asked for it (MADV_WILLNEED), the system
-    fills the page cache in ordinary pages, which are shown at a third of the pace of the larger ones it takes by itself.
+    fills the page cache in ordinary pages, which are shown at a third of the pace of the larger ones it takes itself.
     """
 
     def __init__(self) -> None:
