@@ -75,7 +75,10 @@ def make_engine(
     for number in range(batch):
         prompt = torch.randint(3, engine.info.vocab_size, (context,), generator=generator).tolist()
         engine.submit(GenerationRequest(str(number), tuple(prompt), stopping=stopping))
-    while any(not sequence.num_output_tokens for sequence in engine._choice_of) or len(engine._choice_of) < batch:
+    while (
+        any(not sequence.num_output_tokens for sequence in engine._requests.choice_of)
+        or len(engine._requests.choice_of) < batch
+    ):
         engine.step()
     return engine
 

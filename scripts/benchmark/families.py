@@ -97,7 +97,9 @@ def decoding(folder: Path, batch: int, steps: int, threads: int) -> Engine:
     for number in range(batch):
         prompt = torch.randint(3, engine.info.vocab_size, (CONTEXT,), generator=generator).tolist()
         engine.submit(GenerationRequest(str(number), tuple(prompt), stopping=stopping))
-    while len(engine._choice_of) < batch or any(not sequence.num_output_tokens for sequence in engine._choice_of):
+    while len(engine._requests.choice_of) < batch or any(
+        not sequence.num_output_tokens for sequence in engine._requests.choice_of
+    ):
         engine.step()
     return engine
 

@@ -75,14 +75,16 @@ def one_step(engine: Engine) -> StepReport:
 def engine_cost(engine: Engine, report: StepReport) -> float:
     """Microseconds a step."""
     batch = engine._scheduler.schedule()
-    live = [engine._live[choice.sequence.request.request_id] for choice in engine._choice_of.values()]
-    pairs = list(zip(live, list(engine._choice_of.values()), strict=True))
+    live = [
+        engine._requests.by_id[choice.sequence.request.request_id] for choice in engine._requests.choice_of.values()
+    ]
+    pairs = list(zip(live, list(engine._requests.choice_of.values()), strict=True))
 
     def note() -> None:
         again = StepReport(metrics=StepMetrics())
         for request, choice in pairs:
-            engine._time_tokens(request, choice, 1, time.monotonic(), again)
-        engine._measure(batch, again, 0.01)
+            engine._meter.time_tokens(request, choice, 1, time.monotonic(), again)
+        engine._meter.measure(batch, again, 0.01, engine._requests.by_id.values())
 
     without = StepReport(outputs=report.outputs)
     message = microseconds(lambda: pickle.dumps(report)) - microseconds(lambda: pickle.dumps(without))

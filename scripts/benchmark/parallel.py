@@ -55,7 +55,7 @@ class Group:
         for number in range(batch):
             prompt = torch.randint(3, self.engine.info.vocab_size, (context,), generator=generator).tolist()
             self.engine.submit(GenerationRequest(str(number), tuple(prompt), stopping=stopping))
-        choices = self.engine._choice_of
+        choices = self.engine._requests.choice_of
         while len(choices) < batch or any(not sequence.num_output_tokens for sequence in choices):
             self.engine.step()
         self.times_ms: list[float] = []

@@ -141,5 +141,5 @@ def make_engine(
         model=replace(config.model, graph_sizes=graphs),
         scheduler=replace(config.scheduler, overlap_steps=overlap),
     )
-    with mock.patch("textgen_engine.engine.prepare", return_value=(loaded, backend)):
+    with mock.patch("textgen_engine.assembly.prepare", return_value=(loaded, backend)):
         return Engine(config, collector), collector

@@ -199,7 +199,7 @@ class _DeviceTimer:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         if device.type != "cuda":
             return
-        forward, sample = engine._runner.forward, engine._sampler.sample
+        forward, sample = engine._runner.forward, engine._rooms.sampler.sample
 
         def timed_forward(*arguments: Any) -> torch.Tensor:
             if self._is_on:
@@ -216,7 +216,7 @@ class _DeviceTimer:
             return result
 
         engine._runner.forward = timed_forward  # type: ignore[method-assign, assignment]
-        engine._sampler.sample = timed_sample  # type: ignore[method-assign, assignment]
+        engine._rooms.sampler.sample = timed_sample  # type: ignore[method-assign, assignment]
 
     def start(self) -> None:
         self._events.clear()

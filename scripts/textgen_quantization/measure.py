@@ -222,7 +222,7 @@ def _start_decoding(run: Run, batch: int, context: int, steps: int) -> None:
     """Have `batch` sequences, each of which came with `context` tokens, decode in this engine."""
     generator = torch.Generator().manual_seed(0)
     stopping = StoppingParams(max_new_tokens=steps, ignore_eos_token=True)
-    sequences = run.engine._choice_of
+    sequences = run.engine._requests.choice_of
     for number in range(batch):
         prompt = torch.randint(3, run.engine.info.vocab_size, (context,), generator=generator).tolist()
         if number >= len(sequences):

@@ -63,7 +63,7 @@ def use_flash(engine: Engine, collectives: Collectives | None = None) -> None:
         device=loaded.device,
         has_scratch=True,
     )
-    engine._runner = ModelRunner(loaded, flash(), cache, None, collectives)
+    engine._runner = engine._steps._runner = ModelRunner(loaded, flash(), cache, None, collectives)
 
 
 def give_graphs(harness: Harness, sizes: tuple[int, ...]) -> Repeater:

@@ -141,5 +141,5 @@ def test_each_of_several_end_ids_ends_the_text(new_engine: NewEngine, llama: Pat
 def test_no_chat_template_and_no_padding_token(new_engine: NewEngine, llama: Path) -> None:
     """The tiny tokenizer has neither: texts are served, and a batch of unlike lengths needs no padding."""
     harness = new_engine()
-    assert harness.engine._tokenizer.pad_token is None and not harness.engine._tokenizer.chat_template
+    assert harness.engine._rooms.tokenizer.pad_token is None and not harness.engine._rooms.tokenizer.chat_template
     assert ids_of(harness.run(requests_of(PROMPTS[:3]))) == generate(llama, PROMPTS[:3])

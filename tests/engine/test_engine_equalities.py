@@ -212,9 +212,9 @@ def test_choices_share_blocks(new_engine: NewEngine) -> None:
     harness = new_engine(block_size=16)
     harness.submit(make_request("n", PROMPTS[5], 8, sampling=SAMPLING["free"], ignore_eos_token=True, n=4))
     harness.step()
-    assert harness.engine._blocks.num_used == 7, "100 tokens in blocks of 16, once for all choices"
+    assert harness.engine._rooms.blocks.num_used == 7, "100 tokens in blocks of 16, once for all choices"
     harness.step()
-    assert harness.engine._blocks.num_used == 10, "six full ones shared, and each choice's own last one"
+    assert harness.engine._rooms.blocks.num_used == 10, "six full ones shared, and each choice's own last one"
     harness.until_idle()
 
 

@@ -180,7 +180,7 @@ def test_cancelled_at_any_stage_it_gives_everything_back_within_one_step(new_eng
     harness.step()
     answer = harness.answers["r"]
     assert isinstance(answer.error, Cancelled) and answer.num_last == 1
-    assert harness.engine._blocks.num_used == harness.engine._blocks.blocks_for(
+    assert harness.engine._rooms.blocks.num_used == harness.engine._rooms.blocks.blocks_for(
         harness.engine._scheduler.running[0].num_computed
     )
     assert len(harness.engine._scheduler.running) == 1 and not harness.engine._scheduler.waiting
@@ -264,11 +264,11 @@ def fail_once(owner: object, method: str, at_call: int = 0) -> None:
 @pytest.mark.parametrize(
     ("room", "method"),
     [
-        ("_runner", "forward"),
-        ("_sampler", "sample"),
-        ("_sampler", "add"),
-        ("_scheduler", "advance"),
-        ("_blocks", "register"),
+        ("runner", "forward"),
+        ("sampler", "sample"),
+        ("sampler", "add"),
+        ("scheduler", "advance"),
+        ("blocks", "register"),
     ],
 )
 @pytest.mark.parametrize("at_call", [0, 1])
@@ -277,7 +277,7 @@ def test_a_failed_step_fails_its_requests_only(
 ) -> None:
     expected = new_engine().run_alone(make_request("r", PROMPT, 6)).ids()
     harness = new_engine(max_sequences=2)
-    fail_once(getattr(harness.engine, room), method, at_call)
+    fail_once(getattr(harness.engine._rooms, room), method, at_call)
     harness.submit(*(make_request(f"r{index}", PROMPT, 6) for index in range(4)))
     harness.until_idle()
     failed = [name for name, answer in harness.answers.items() if answer.error is not None]
@@ -295,7 +295,7 @@ def test_a_failed_step_fails_its_requests_only(
 def test_a_failure_while_results_are_read_back_leaves_no_half_ended_request(new_engine: NewEngine) -> None:
     """The first of the batch has its last token already when the second fails."""
     harness = new_engine()
-    fail_once(harness.engine, "_describe_token", at_call=1)
+    fail_once(harness.engine._steps._details, "describe", at_call=1)
     harness.submit(*(make_request(f"r{i}", PROMPT, 1, output=OutputParams(token_details=True)) for i in range(3)))
     harness.until_idle()
     assert [answer.error is None for answer in harness.answers.values()] == [True, False, False]
@@ -366,7 +366,7 @@ def test_a_step_too_large_for_the_memory_is_run_in_parts(
 
 def test_a_failed_step_takes_all_choices_of_its_requests(new_engine: NewEngine) -> None:
     harness = new_engine(max_sequences=2)
-    fail_once(harness.engine._sampler, "sample", at_call=4)
+    fail_once(harness.engine._rooms.sampler, "sample", at_call=4)
     harness.submit(make_request("r", PROMPT, 10, sampling=SAMPLED, ignore_eos_token=True, n=4))
     harness.until_idle()
     assert isinstance(harness.answers["r"].error, EngineFailure)
@@ -471,7 +471,9 @@ def test_a_long_random_schedule_answers_everyone_once_and_leaks_nothing(
     alive: list[str] = []
     num_submitted = 0
     while num_submitted < 1000 or not all(answer.num_last for answer in harness.answers.values()):
-        for _ in range(rng.choice([0, 1, 1, 2]) if num_submitted < 1000 and len(harness.engine._live) < 30 else 0):
+        for _ in range(
+            rng.choice([0, 1, 1, 2]) if num_submitted < 1000 and len(harness.engine._requests.by_id) < 30 else 0
+        ):
             name = f"r{num_submitted}"
             num_submitted += 1
             alive.append(name)
@@ -491,7 +493,7 @@ def test_a_long_random_schedule_answers_everyone_once_and_leaks_nothing(
         FinishReason.TIMEOUT,
     }
     assert harness.num_preemptions > 20
-    assert harness.engine._blocks.num_available == harness.engine._blocks.num_blocks
+    assert harness.engine._rooms.blocks.num_available == harness.engine._rooms.blocks.num_blocks
 
 
 def test_a_request_that_breaks_a_library_on_arrival_ends_alone(
@@ -503,7 +505,7 @@ def test_a_request_that_breaks_a_library_on_arrival_ends_alone(
     def fail(*_: Any, **__: Any) -> None:
         raise TypeError("half a character")
 
-    monkeypatch.setattr(type(harness.engine._tokenizer), "encode", fail)
+    monkeypatch.setattr(type(harness.engine._rooms.tokenizer), "encode", fail)
     harness.submit(
         make_request("before", [5, 6, 7], 4),
         make_request("poison", [5, 6, 7], 4, bad_words=("x",)),

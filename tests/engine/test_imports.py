@@ -67,7 +67,7 @@ LAYERS = [
         "warmup",
         "parallel",
     },
-    {"engine"},
+    {"assembly", "sampler_states", "live_requests", "token_details", "step_meter", "step_runner", "engine"},
     {"process"},
 ]
 WITHOUT_TORCH = [

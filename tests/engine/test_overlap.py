@@ -139,7 +139,7 @@ def test_a_failure_reaches_whom_it_concerns(new_engine: NewEngine, lost: str, mo
     harness.submit(make_request("a", PROMPTS[0], 12, ignore_eos_token=True))
     harness.step(3)
     engine = harness.engine
-    target, name = (engine._runner, "forward") if lost == "launch" else (engine, "_take_tokens")
+    target, name = (engine._runner, "forward") if lost == "launch" else (engine._steps, "_take_tokens")
     right = getattr(target, name)
 
     def fail_once(*arguments: Any) -> Any:

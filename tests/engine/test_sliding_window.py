@@ -34,7 +34,7 @@ def requests_of(prefix: str) -> list[GenerationRequest]:
 
 def test_memory_stays_that_of_the_window(family: Path, new_engine: NewEngine) -> None:
     harness = new_engine(family, block_size=BLOCK, tokens_per_step=16, max_sequences=4, prefix_caching=False)
-    blocks = harness.engine._blocks
+    blocks = harness.engine._rooms.blocks
     request = make_request("long", PROMPTS[3], 200, ignore_eos_token=True)
     harness.submit(request)
     most = 0
@@ -78,7 +78,7 @@ def test_models_with_one_full_layer_keep_all(checkpoint: Callable[[str], Path], 
     harness = new_engine(checkpoint("gemma3"), block_size=BLOCK, prefix_caching=False)
     harness.submit(make_request("r", PROMPTS[3], 20, ignore_eos_token=True))
     harness.step(10)
-    assert harness.engine._blocks.num_used >= 100 // BLOCK
+    assert harness.engine._rooms.blocks.num_used >= 100 // BLOCK
 
 
 def test_given_back_blocks_are_found_by_their_hash() -> None:

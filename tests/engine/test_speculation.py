@@ -58,8 +58,8 @@ def consult(harness: Harness, solo: dict[str, Answer], rng: random.Random, most:
         coming = told[sequence.num_output_tokens :][: min(most, room)]
         return tuple(rng.randrange(VOCAB_SIZE) if rng.random() < 0.2 else token_id for token_id in coming)
 
-    harness.engine._speculator.guess = guess  # type: ignore[method-assign]
-    harness.engine._speculator.note = lambda *_: None  # type: ignore[method-assign]
+    harness.engine._steps._speculator.guess = guess  # type: ignore[method-assign]
+    harness.engine._steps._speculator.note = lambda *_: None  # type: ignore[method-assign]
 
 
 def counts(harness: Harness) -> tuple[int, int]:

@@ -347,8 +347,8 @@ class Harness:
         self.until(lambda: all(answer.num_last for answer in self.answers.values()), limit)
         assert not self.engine.step(), "work is left after the last output"
         self.engine.check_integrity()
-        assert self.engine._blocks.num_used == 0
-        assert not self.engine._live
+        assert self.engine._rooms.blocks.num_used == 0
+        assert not self.engine._requests.by_id
 
     def run(self, requests: Iterable[GenerationRequest]) -> dict[str, Answer]:
         """Submit all at once and step until they are done."""
