@@ -101,13 +101,13 @@ def _cache(
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """query, keys, values, block tables and lengths; blocks lie in a random order."""
-    generator = torch.Generator().manual_seed(dim + heads)
+    generator = torch.Generator(device).manual_seed(dim + heads)
     most = -(-max(lengths) // block_size)
-    tables = torch.randperm(most * len(lengths), generator=generator).view(len(lengths), most)
+    tables = torch.randperm(most * len(lengths), generator=generator, device=device).view(len(lengths), most)
     shape = (most * len(lengths), kv_heads, block_size, dim)
-    keys, values = (torch.randn(shape, generator=generator).to(device, cache_dtype) for _ in range(2))
-    query = torch.randn(len(lengths), heads, dim, generator=generator).to(device, dtype)
-    return query, keys, values, tables.to(device), torch.tensor(lengths, dtype=torch.int32, device=device)
+    keys, values = (torch.randn(shape, generator=generator, device=device).to(cache_dtype) for _ in range(2))
+    query = torch.randn(len(lengths), heads, dim, generator=generator, device=device).to(dtype)
+    return query, keys, values, tables, torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
 def _check_pieces(run: Run, device: torch.device, types: list[torch.dtype], *, is_real: bool) -> None:

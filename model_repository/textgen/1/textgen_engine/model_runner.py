@@ -173,6 +173,7 @@ def rank_memory(config: CacheConfig, loaded: LoadedModel, step_bytes: int) -> Ra
     dtype = cache_dtype(config, loaded.dtype)
     bytes_per_block = config.block_size * sum(layer.bytes_per_token(dtype) for layer in loaded.layers)
     if loaded.device.type == "cuda":
+        torch.cuda.empty_cache()  # the measured step's memory, which would count as taken and as needed
         free, total = torch.cuda.mem_get_info(loaded.device)
         budget = int(free - total * (1 - config.memory_fraction)) - step_bytes
         return RankMemory(f"{socket.gethostname()} {loaded.device}", budget, step_bytes, bytes_per_block)

@@ -125,6 +125,7 @@ def _run_step(runner: ModelRunner, sampler: Sampler, sequences: list[Sequence], 
 
 def _peak_bytes(work: Callable[[], None], device: torch.device) -> int:
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading left in the allocator would serve the work, and not be counted
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_reserved(device)
         work()
