@@ -7,6 +7,7 @@ Triton may start this file once more just to ask whether it completes its config
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -27,7 +28,7 @@ from textgen_tokenizer.service import TokenizerAnswer, TokenizerRequest, Tokeniz
 if TYPE_CHECKING:
     from textgen_tokenizer.loading import LoadedTokenizer
 
-_LOADING_NICENESS = 10
+_LOADING_NICENESS = 5
 
 
 class TritonPythonModel:
@@ -84,7 +85,10 @@ def _prepare_process(trust_remote_code: bool) -> None:
 
 def _load_aside(config: TokenizerConfig) -> LoadedTokenizer:
     """Load at a lower priority than the engine, which all wait for and which starts on the same cores. The priority is
-    a thread's own on Linux, and ends with it. (A process that has given its own up cannot take it back.)"""
+    a thread's own on Linux, and ends with it. (A process that has given its own up cannot take it back.)
+
+    What is imported stays, so the collector need not go through all of it, now or later.
+    """
 
     def load() -> LoadedTokenizer:
         with contextlib.suppress(OSError, AttributeError):
@@ -93,8 +97,12 @@ def _load_aside(config: TokenizerConfig) -> LoadedTokenizer:
 
         return load(config)
 
+    gc.disable()
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(load).result()
+        loaded = pool.submit(load).result()
+    gc.freeze()
+    gc.enable()
+    return loaded
 
 
 def _to_request(request: Any) -> TokenizerRequest:
