@@ -77,8 +77,9 @@ check-image: setup ## run the instructions of docker/Dockerfile.cpu in a fresh f
 	rm -rf $(CACHE)/image
 	$(BIN)/python scripts/check_image.py --folder $(CACHE)/image --model $(MODEL)
 
-gpu-check: $(STAMPS)/packages ## check and measure the GPU path, in less than 8 minutes; writes benchmarks/results/<gpu>.json and .md
-	$(BIN)/python scripts/gpu_check.py $(ARGS)
+# Not with what .venv has: by default that is PyTorch for CPUs.
+gpu-check: ## check and measure the GPU path with PYTHON's torch and transformers, in less than 8 minutes; installs nothing
+	$(PYTHON) scripts/gpu_check.py $(ARGS)
 
 monitoring-tools: $(TOOLS)/usr/bin/promtool ## fetch Debian's Prometheus into .cache/tools (no root needed), for its tests
 

@@ -65,7 +65,10 @@ def main() -> int:
 
 
 def check_interpreted(run: Run) -> None:
-    print("no NVIDIA GPU: the kernels are tried in Triton's interpreter, nothing is measured")
+    print(
+        f"no NVIDIA GPU that PyTorch {torch.__version__} could use: the kernels are tried in Triton's interpreter, "
+        f"nothing is measured"
+    )
     try:
         import triton
         from triton.runtime.errors import InterpreterError
@@ -80,7 +83,7 @@ def check_interpreted(run: Run) -> None:
         try:
             check_kernels(run, torch.device("cpu"))
         except InterpreterError as error:
-            if "0-dimensional" not in str(error):  # NumPy 2.5 makes no integer of an array of one element any more
+            if "0-dimensional" not in str(error):  # NumPy 2.4 makes no integer of an array of one element any more
                 raise
             note = f"the interpreter of Triton {triton.__version__} does not run with NumPy {np.__version__}"
             run.add(Check("kernels", None, note))
