@@ -28,6 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "model_repository" / "textgen" / "1"), str(ROOT / "scripts")]
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched, however long the answer would take
+
 import torch  # noqa: E402
 
 from textgen_gpu.checks import Check, Run  # noqa: E402

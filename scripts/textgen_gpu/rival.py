@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from textgen_gpu.checks import Check, Run
 from textgen_gpu.engines import random_model
@@ -31,7 +32,9 @@ def measure_rival(
     figures become those of the rival's `name` as they come; a batch that would probably take too long is left out."""
     from transformers import ContinuousBatchingConfig
 
-    model = random_model(config, device, dtype, "sdpa")
+    # With "sdpa" alone it takes the flash-attn that is installed, or else fetches one, where it has the means to.
+    has_flash = is_flash_attn_2_available() or is_flash_attn_3_available()
+    model = random_model(config, device, dtype, "sdpa" if has_flash else "paged|sdpa")
     figures: dict[str, Any] = run.figures.setdefault("rivals", {}).setdefault(name, {})
     last_batch, last_s = 0, 0.0
     for batch in batches:
