@@ -7,6 +7,7 @@ for scripts/gpu_check.py.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any
@@ -63,6 +64,8 @@ def use_flash(engine: Engine, collectives: Collectives | None = None) -> None:
         device=loaded.device,
         has_scratch=True,
     )
+    # What layers leave out, they leave out in the CPU's attention alone.
+    loaded = dataclasses.replace(loaded, leaves_out_rows=False)
     engine._runner = engine._steps._runner = ModelRunner(loaded, flash(), cache, None, collectives)
 
 
