@@ -6,14 +6,11 @@ Triton may start this file once more just to ask whether it completes its config
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import os
 import sys
-import threading
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +25,6 @@ from textgen_tokenizer.service import TokenizerAnswer, TokenizerRequest, Tokeniz
 if TYPE_CHECKING:
     from textgen_tokenizer.loading import LoadedTokenizer
 
-_LOADING_NICENESS = 5
-
 
 class TritonPythonModel:
     """One instance: a process with one tokenizer, which answers one request at a time."""
@@ -42,7 +37,7 @@ class TritonPythonModel:
             }
             config = read_config(parameters, os.environ | _version_options())
             _prepare_process(trust_remote_code=config.trust_remote_code)
-            self._service = TokenizerService(_load_aside(config))
+            self._service = TokenizerService(_load(config))
         except Exception as error:  # whatever it is, the server must say so in one line
             line = " ".join(f"{type(error).__name__}: {error}".split())
             print(f"textgen: fatal: tokenizer: {line}", file=sys.stderr, flush=True)
@@ -83,25 +78,16 @@ def _prepare_process(trust_remote_code: bool) -> None:
         sys.modules["torch"] = None  # type: ignore[assignment]
 
 
-def _load_aside(config: TokenizerConfig) -> LoadedTokenizer:
-    """Load at a lower priority than the engine, which all wait for and which starts on the same cores. The priority is
-    a thread's own on Linux, and ends with it. (A process that has given its own up cannot take it back.)
-
-    What is imported stays, so the collector need not go through all of it, now or later.
-    """
-
-    def load() -> LoadedTokenizer:
-        with contextlib.suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOADING_NICENESS)
+def _load(config: TokenizerConfig) -> LoadedTokenizer:
+    """The tokenizer, without the collector: what is imported stays, so it need not go through all of it, now or later."""
+    gc.disable()
+    try:
         from textgen_tokenizer.loading import load
 
-        return load(config)
-
-    gc.disable()
-    with ThreadPoolExecutor(1) as pool:
-        loaded = pool.submit(load).result()
-    gc.freeze()
-    gc.enable()
+        loaded = load(config)
+        gc.freeze()
+    finally:
+        gc.enable()
     return loaded
 
 
