@@ -79,7 +79,7 @@ def _prepare_process(trust_remote_code: bool) -> None:
 
 
 def _load(config: TokenizerConfig) -> LoadedTokenizer:
-    """The tokenizer, without the collector: what is imported stays, so it need not go through all of it, now or later."""
+    """The tokenizer. What is imported stays, so the collector need not go through all of it, now or later."""
     gc.disable()
     try:
         from textgen_tokenizer.loading import load
