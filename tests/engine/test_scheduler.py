@@ -147,6 +147,14 @@ def test_shorter_prompts_get_at_most_half_of_a_step() -> None:
     assert of(loop.step()) == [("long", 128), ("b", 100), ("c", 28)]
 
 
+def test_what_one_long_prompt_leaves_is_not_for_another() -> None:
+    loop = Loop(budget=512, num_blocks=4000)
+    for index, (name, length) in enumerate((("a", 4000), ("b", 3500), ("c", 60))):
+        loop.add(request(name, length, arrival_s=index))
+    assert of(loop.step()) == [("a", 452), ("c", 60)]
+    assert of(loop.step()) == [("c", 1), ("a", 511)]
+
+
 def test_prompts_of_like_length_come_one_after_the_other() -> None:
     loop = Loop(budget=256, num_blocks=1000)
     loop.add(request("a", 600))

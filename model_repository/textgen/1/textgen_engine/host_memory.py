@@ -32,9 +32,8 @@ def keep_freed() -> None:
     once, and the system clears it anew for the next one: in a step that samples for 128 sequences that takes as long
     as what it computes."""
     tune = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
-    if tune is not None:
+    if tune is not None and tune(_M_MMAP_THRESHOLD, _KEPT_BYTES):  # older ones take no more than 32 MiB there
         tune(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-        tune(_M_MMAP_THRESHOLD, _KEPT_BYTES)
 
 
 def return_freed() -> None:

@@ -25,7 +25,7 @@ _HUGE_PAGE_BYTES = 2 << 20
 # What torch itself aligns to, and the kernels with it.
 _ALIGNMENT = 64
 _MADV_POPULATE_WRITE = 23
-_POPULATED_TOGETHER = 16 << 20  # others who want memory wait so long
+_POPULATED_TOGETHER = 2 << 20  # others who want memory wait so long
 # So little is not worth a place: it would only keep others' pages.
 _LEAST_BYTES = 16 << 10
 _LEAST_MAPPED_BYTES = 1 << 20

@@ -120,7 +120,8 @@ class ModelRunner:
         if self._loaded.leaves_out_rows and inputs.lists is not None:
             rows = inputs.lists.logits_rows
             wanted = sorted(set(rows)) or [0]  # an empty matrix product is an error in some kernels
-            metadata.wanted_rows = wanted if len(wanted) < len(inputs.input_ids) else None
+            # Each attends by itself, which costs more than a chunk's rows do together.
+            metadata.wanted_rows = wanted if 2 * len(wanted) <= len(inputs.input_ids) else None
         self._backend.prepare(metadata)
         if metadata.wanted_rows is not None:
             logits = self._logits(inputs, 0)

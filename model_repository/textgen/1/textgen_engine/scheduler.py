@@ -80,6 +80,11 @@ class ScheduledBatch:
         return sum(entry.num_tokens + entry.num_guessed for entry in self.entries)
 
     @property
+    def cuts_a_prompt(self) -> bool:
+        """Whether a prompt goes on in the next step."""
+        return any(entry.num_tokens > 1 and not entry.is_last for entry in self.entries)
+
+    @property
     def num_scored_tokens(self) -> int:
         """Tokens whose logits are wanted because the log-probabilities of their prompt are."""
         return sum(e.num_tokens for e in self.entries if e.sequence.request.output.prompt_logprobs)
@@ -336,12 +341,13 @@ class Scheduler:
 def _chunk(sequence: Sequence, num_tokens: int, budget: int, behind: Iterable[Sequence], batch: ScheduledBatch) -> int:
     """Tokens of a prompt for this step, num_tokens being left of it. One that does not end with this step leaves up to
     half of what there is to prompts behind it that are at most half as long: a short one starts now and not when the
-    long one is through, while such as are alike come one after the other, each the sooner for it. 0 when the step can
-    score no more tokens."""
+    long one is through, while such as are alike come one after the other, each the sooner for it. What one leaves is
+    not for a second one that does not end with the step either. 0 when the step can score no more tokens."""
     if num_tokens > budget:
-        shorter = (other.num_uncomputed for other in itertools.islice(behind, _MOST_LOOKED_AT))
-        kept = sum(length for length in shorter if 2 * length <= num_tokens)
-        budget = max(budget - kept, budget // 2, min(budget, _MIN_SHARED_CHUNK))
+        lengths = [other.num_uncomputed for other in itertools.islice(behind, _MOST_LOOKED_AT) if other.may_run]
+        left = budget - sum(length for length in lengths if 2 * length <= num_tokens)
+        least = 0 if batch.cuts_a_prompt else max(budget // 2, min(budget, _MIN_SHARED_CHUNK))
+        budget = max(left, least)
     if sequence.request.output.prompt_logprobs:
         budget = min(budget, MAX_SCORED_TOKENS - batch.num_scored_tokens)
     return min(num_tokens, budget)

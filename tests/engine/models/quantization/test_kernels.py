@@ -69,6 +69,7 @@ def test_coded_weights(kernels: CpuKernels, code: Code, inputs: int, outputs: in
             for found in (layer(x), plain(x)):
                 torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-5)
             assert torch.equal(layer(x)[-1:], layer(x[-1:])), "neighbours do not matter"
+        assert layer(torch.ones(0, inputs)).shape == (0, outputs)  # an expert that no token chose
 
 
 @pytest.mark.parametrize("code", Code)

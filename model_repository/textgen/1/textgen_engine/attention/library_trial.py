@@ -54,6 +54,8 @@ def try_library(library: VarlenLibrary, need: Need, device: torch.device) -> str
                 output = output * torch.sigmoid(log_sums - scoring.sinks[:, None]).t()[..., None]
             error = float((output.float() - expected).abs().max() / expected.abs().max())
         except Exception as failure:  # whatever a library raises that was not made for this device or these calls
+            if isinstance(failure, getattr(torch, "AcceleratorError", ())):
+                raise  # nothing works on the device from now on
             return f"failed its trial ({type(failure).__name__}: {' '.join(str(failure).split())[:120]})"
         if not error <= _TOLERANCE:
             return f"its results on a trial differ by {error:.2g} of their size"

@@ -253,7 +253,7 @@ void by_kind(int64_t kind, Run run) {
     if (kind == kIntegers) run(static_cast<const Quad*>(nullptr));
 }
 
-// A layer of the form that textgen_layer computes; the layout is known to cpu.py.
+// A layer of the form that textgen_layers computes; the layout is known to cpu.py.
 struct Layer {
     Norm input_norm, query_norm, key_norm, attention_norm, mlp_norm, output_norm;
     Linear qkv, output, gate_up, down;

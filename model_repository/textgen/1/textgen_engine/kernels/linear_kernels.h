@@ -349,6 +349,7 @@ void linear_blocks(const Linear& linear, int64_t num_outputs, const Inputs<Eleme
 template <class Element>
 void run_linear(Pool* pool, const Linear& linear, const Inputs<Element>& inputs, const float* residual, float* out,
                 int64_t num_rows, int64_t num_outputs) {
+    if (num_rows == 0) return;
     auto work = [&](int64_t block, int64_t count, int64_t first, int64_t end) {
         const int64_t column = block * kBlock, whole = count * kBlock, width = std::min(whole, num_outputs - column);
         float* to = out + first * num_outputs + column;

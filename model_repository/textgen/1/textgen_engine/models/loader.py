@@ -216,6 +216,8 @@ def load_model(
                 check(model, backend, layers, expected, dtype)
             if device.type == "cpu" and fusion.all_together and takes_rows:
                 leaves_out_rows = gives_wanted_rows(model, backend, layers, expected, dtype)
+        elif device.type == "cpu":
+            call_separately(model, kernels)  # for nothing shows whether the model hands on what a layer gives
     if mapped is not None:
         mapped.settle(model)
     return_freed()
