@@ -81,8 +81,8 @@ _GAIN = """
 
 `scripts/benchmark/families.py --write`: random models of these families, float32 on the CPU ({cpu}, {threads} threads).
 A decode step at 200 tokens of context as transformers computes it on our attention, over one with everything above; the
-two take turns in one process, on a machine that had other work as well, which slows down most what makes many small
-calls. Median and quartiles of the ratios; above 1 is faster. Raw figures: `benchmarks/results/families.json`.
+two take turns in one process, on an idle machine. Median and quartiles of the ratios; above 1 is faster. Raw figures:
+`benchmarks/results/families.json`.
 
 | family | MB | 1 stream | 8 streams |
 |---|---|---|---|
@@ -91,11 +91,11 @@ _LOADING = """
 ## How fast weights load
 
 `scripts/benchmark/loading.py --write`: a checkpoint of {gb} GB of float32, {cpu}, {threads} threads, medians of rounds
-in which all ways take turns, on a machine that had other work as well. Percent are of the first row (the page cache's
+in which all ways take turns, on an idle machine. Percent are of the first row (the page cache's
 rate), for the ways from the disk of the disk's. *Packed*: in the form that kernels read, which is where a load ends; of
-what a load takes besides, the trials of a model's own logits are the larger part. The goal is 70 % of the page cache's
-rate, of which the first row writes nothing, while a load writes every byte, into a page that the system has zeroed
-before. In a virtual machine its host may have to find that page first: within minutes, huge pages alone came at 0.3 and
+what a load takes besides, the trials of a model's own logits are the larger part. The goal is 70 % of the rate of disk or
+page cache: from the disk it is met, from the page cache it is not. Its row writes nothing, while a load writes every byte,
+into a page that the system has zeroed before. In a virtual machine its host may have to find that page first: within minutes, huge pages alone came at 0.3 and
 at 24 GB/s on this one.
 
 | way | GB/s | |
