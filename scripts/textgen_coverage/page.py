@@ -90,13 +90,13 @@ two take turns in one process, on an idle machine. Median and quartiles of the r
 _LOADING = """
 ## How fast weights load
 
-`scripts/benchmark/loading.py --write`: a checkpoint of {gb} GB of float32, {cpu}, {threads} threads, medians of rounds
-in which all ways take turns, on an idle machine. Percent are of the first row (the page cache's
-rate), for the ways from the disk of the disk's. *Packed*: in the form that kernels read, which is where a load ends; of
-what a load takes besides, the trials of a model's own logits are the larger part. The goal is 70 % of the rate of disk or
-page cache: from the disk it is met, from the page cache it is not. Its row writes nothing, while a load writes every byte,
-into a page that the system has zeroed before. In a virtual machine its host may have to find that page first: within minutes, huge pages alone came at 0.3 and
-at 24 GB/s on this one.
+`scripts/benchmark/loading.py --write`: a checkpoint of {gb} GB of float32, {cpu}, {threads} threads, medians of
+rounds in which all ways take turns, on an idle machine. Percent are of the first row (the page cache's rate), for
+the ways from the disk of the disk's. *Packed*: in the form that kernels read, which is where a load ends; of what a
+load takes besides, the trials of a model's own logits are the larger part. The goal is 70 % of the rate of disk or
+page cache: from the disk it is met, from the page cache it is not. Its row writes nothing, while a load writes
+every byte, into a page that the system has zeroed before. In a virtual machine its host may have to find that page
+first: within minutes, huge pages alone came at 0.3 and at 24 GB/s on this one.
 
 | way | GB/s | |
 |---|---|---|
