@@ -122,7 +122,7 @@ $(STAMPS)/packages: $(STAMPS)/torch requirements/no-deps.txt requirements/dev-no
 # Without a compiler the engine does without; with one it would otherwise compile at its first start.
 KERNELS := model_repository/textgen/1/textgen_engine/kernels
 $(STAMPS)/kernels: $(STAMPS)/packages $(wildcard $(KERNELS)/cpu*)
-	@cd model_repository/textgen/1 && $(abspath $(BIN))/python -m textgen_engine.kernels.cpu >/dev/null 2>&1 || echo "the CPU kernels could not be compiled (is there a C++ compiler?): PyTorch's operations take their place"
+	@cd model_repository/textgen/1 && $(abspath $(BIN))/python -m textgen_engine.kernels.cpu_build >/dev/null 2>&1 || echo "the CPU kernels could not be compiled (is there a C++ compiler?): PyTorch's operations take their place"
 	@touch $@
 
 # The script looks at what is there and does nothing when it is complete.

@@ -155,9 +155,7 @@ def _parse_grammar_check(
     stream: bool,
 ) -> ParsedRequest:
     """A request that only asks about its grammar. That the grammar cannot be had is then an answer, not an error."""
-    forms = _given_forms(request)
-    if forms:
-        raise InvalidParameter(f"`grammar_check` takes no prompt; given: {' and '.join(forms)}")
+    _refuse_prompt(request, "grammar_check")
     grammar, refusal = None, None
     try:
         grammar = _grammar_spec(parameters, config)
@@ -165,34 +163,40 @@ def _parse_grammar_check(
         refusal = GrammarVerdict(False, error=error.message)
     if grammar is None and refusal is None:
         raise InvalidParameter("`grammar_check` needs a grammar (`grammar`, `response_format` or `tools`); given: none")
+    return _without_prompt(parameters, given_parameters, stream=stream, grammar=grammar, grammar_refusal=refusal)
+
+
+def _parse_adapter_command(
+    request: Any, parameters: RequestParameters, given_parameters: dict[str, Any], *, stream: bool
+) -> ParsedRequest:
+    _refuse_prompt(request, "adapter_command")
+    return _without_prompt(parameters, given_parameters, stream=stream)
+
+
+def _without_prompt(
+    parameters: RequestParameters,
+    given_parameters: dict[str, Any],
+    *,
+    stream: bool,
+    grammar: GrammarSpec | None = None,
+    grammar_refusal: GrammarVerdict | None = None,
+) -> ParsedRequest:
     return ParsedRequest(
         prompt_form=None,
         input_ids=[],
         prompt_text=None,
         parameters=parameters,
         grammar=grammar,
-        grammar_refusal=refusal,
+        grammar_refusal=grammar_refusal,
         given_parameters=given_parameters,
         options=ResponseOptions(stream=stream),
     )
 
 
-def _parse_adapter_command(
-    request: Any, parameters: RequestParameters, given_parameters: dict[str, Any], *, stream: bool
-) -> ParsedRequest:
+def _refuse_prompt(request: Any, name: str) -> None:
     forms = _given_forms(request)
     if forms:
-        raise InvalidParameter(f"`adapter_command` takes no prompt; given: {' and '.join(forms)}")
-    return ParsedRequest(
-        prompt_form=None,
-        input_ids=[],
-        prompt_text=None,
-        parameters=parameters,
-        grammar=None,
-        grammar_refusal=None,
-        given_parameters=given_parameters,
-        options=ResponseOptions(stream=stream),
-    )
+        raise InvalidParameter(f"`{name}` takes no prompt; given: {' and '.join(forms)}")
 
 
 def _given_forms(request: Any) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from textgen_engine.kernels import cpu
+from textgen_engine.kernels import cpu_build
 
 
 def test_processes_that_start_together_compile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,17 +23,17 @@ def test_processes_that_start_together_compile_once(tmp_path: Path, monkeypatch:
         target.touch()
         return target
 
-    monkeypatch.setattr(cpu, "_SOURCE", Path(shutil.copy(cpu._SOURCE, tmp_path)))
-    monkeypatch.setattr(cpu, "_compile", compile_slowly)
+    monkeypatch.setattr(cpu_build, "_SOURCE", Path(shutil.copy(cpu_build._SOURCE, tmp_path)))
+    monkeypatch.setattr(cpu_build, "_compile", compile_slowly)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda _: cpu.build(), range(4)))
+        found = list(threads.map(lambda _: cpu_build.build(), range(4)))
     assert compiled == found[:1]
     assert set(found) == set(compiled)
 
 
 def test_every_file_that_is_compiled_is_in_the_name() -> None:
     """Or a change in one would go unnoticed."""
-    sources = "".join(path.read_text() for path in (cpu._SOURCE, *cpu._INCLUDED))
+    sources = "".join(path.read_text() for path in (cpu_build._SOURCE, *cpu_build._INCLUDED))
     included = set(re.findall(r'^#include "(.*)"', sources, re.MULTILINE))
-    assert included == {path.name for path in cpu._INCLUDED}
+    assert included == {path.name for path in cpu_build._INCLUDED}

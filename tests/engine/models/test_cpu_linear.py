@@ -99,7 +99,7 @@ def test_a_tied_weight_lies_in_memory_once(dtype: torch.dtype) -> None:
 
 def test_without_a_compiler_pytorch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr("textgen_engine.kernels.cpu._FLAGS", ("--nobody-built-this",))
+    monkeypatch.setattr("textgen_engine.kernels.cpu_build._FLAGS", ("--nobody-built-this",))
     assert load_kernels(num_threads=1) is None
     model = torch.nn.Sequential(torch.nn.Linear(8, 20))
     assert replace_linears(model, None) == 1

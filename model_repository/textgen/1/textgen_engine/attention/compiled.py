@@ -10,7 +10,8 @@ import torch
 
 from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata, Scoring
 from textgen_engine.attention.sdpa import SdpaBackend
-from textgen_engine.kernels.cpu import CACHE_DTYPES, HEAD_DIM_MULTIPLE, CpuKernels, StepTables
+from textgen_engine.kernels.cpu import CpuKernels
+from textgen_engine.kernels.cpu_records import CACHE_DTYPES, HEAD_DIM_MULTIPLE, StepTables
 
 
 class CompiledBackend(AttentionBackend):

@@ -7,7 +7,7 @@
 // bfloat16 are multiplied as they are, by queries and weights in bfloat16, where the processor can; sums are float32.
 // Those of 8 bits are widened as they are read, to what the rest of the model computes in.
 
-// The layout of these structures is known to cpu.py.
+// The layout of these structures is known to cpu_records.py.
 struct Scoring {
     float scale, soft_cap;  // soft_cap 0: none
     int64_t window, chunk;  // 0: none

@@ -1,7 +1,7 @@
 // Kernels for a CPU, in float32 or with weights and caches in smaller types: linear layers, the pieces of a layer around
 // them, and attention that reads the paged cache.
 //
-// Built for the machine at hand by cpu.py, which also states what each function must agree with. A thread pool of our
+// Built for the machine at hand by cpu_build.py; cpu.py states what each function must agree with. A thread pool of our
 // own runs them: between two calls of one step its threads wait awake for some microseconds, and otherwise sleep. While
 // they wait they offer their core to whoever wants it, so a busy machine does not stall them.
 
@@ -253,7 +253,7 @@ void by_kind(int64_t kind, Run run) {
     if (kind == kIntegers) run(static_cast<const Quad*>(nullptr));
 }
 
-// A layer of the form that textgen_layers computes; the layout is known to cpu.py.
+// A layer of the form that textgen_layers computes; the layout is known to cpu_records.py.
 struct Layer {
     Norm input_norm, query_norm, key_norm, attention_norm, mlp_norm, output_norm;
     Linear qkv, output, gate_up, down;

@@ -19,7 +19,7 @@ struct Quad {  // four bytes: of weights signed, of rows with 128 added
     uint32_t bits;
 };
 
-// A linear layer; the layout is known to cpu.py. Of weights of 8 bits scales and offsets are per output: offsets[o] is 128
+// A linear layer; the layout is known to cpu_records.py. Of weights of 8 bits scales and offsets are per output: offsets[o] is 128
 // times the sum of output o's weights, which is what the 128 in rows adds.
 struct Linear {
     const void* packed;

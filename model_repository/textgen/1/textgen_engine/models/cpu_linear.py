@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from textgen_engine.kernels.cpu import CpuKernels, PackedWeight
+from textgen_engine.kernels.cpu import CpuKernels
+from textgen_engine.kernels.cpu_records import PackedWeight
 from textgen_engine.mapped_memory import WeightMemory
 
 # Between these numbers of rows the turned product was faster for every layer shape tried (weights of 576 x 960 up to

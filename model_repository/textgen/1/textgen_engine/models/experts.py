@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from textgen_engine.kernels.cpu import CpuKernels, PackedWeight
+from textgen_engine.kernels.cpu import CpuKernels
+from textgen_engine.kernels.cpu_records import PackedWeight
 from textgen_engine.mapped_memory import WeightMemory
 from textgen_engine.models.cpu_linear import has_hooks
 

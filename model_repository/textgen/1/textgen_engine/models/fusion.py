@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from textgen_engine.attention.base import AttentionBackend, AttentionFeatures, AttentionMetadata, Scoring
 from textgen_engine.attention.bridge import STEP_ATTRIBUTE
-from textgen_engine.kernels.cpu import Activation, CpuKernels, GatedLayer, GatedLayers, StepTables
+from textgen_engine.kernels.cpu import CpuKernels
+from textgen_engine.kernels.cpu_records import Activation, GatedLayer, GatedLayers, StepTables
 from textgen_engine.mapped_memory import WeightMemory
 from textgen_engine.models.cpu_linear import JoinedLinears, PackedLinear, has_hooks
 from textgen_engine.models.quantization.linear import CodedLinear, IntegerLinear, QuantizedLinear

@@ -15,7 +15,8 @@ from enum import IntEnum
 import torch
 from torch.nn import functional
 
-from textgen_engine.kernels.cpu import CODES_TOGETHER, CodedWeight, CpuKernels, PackedWeight
+from textgen_engine.kernels.cpu import CpuKernels
+from textgen_engine.kernels.cpu_records import CODES_TOGETHER, CodedWeight, PackedWeight
 from textgen_engine.mapped_memory import WeightMemory
 
 # As many weights are dequantized at a time.
