@@ -261,6 +261,8 @@ def _accepts(url: str) -> bool:
         httpx.get(url + "/info")
     except httpx.ConnectError:
         return False
+    except httpx.TransportError:
+        pass  # was in line when the gateway closed its door; who comes next is refused
     return True
 
 

@@ -130,8 +130,10 @@ def test_a_cancelled_task_cancels(server: Any, client: Client) -> None:
         async with AsyncClient(server.grpc_url) as client:
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(client.generate(PROMPT, request_id="waited for", **LONG), 1)
+            await asyncio.to_thread(_wait_for_running, server, 0, 15)
             stream = client.stream(PROMPT, request_id="dropped", **LONG)
             await anext(stream)
+            await asyncio.to_thread(_wait_for_running, server, 1, 15)
             del stream
             # While the connection is open: its end would cancel everything. Uncancelled, they would run for longer.
             await asyncio.to_thread(_wait_for_running, server, 0, 15)
